@@ -1,0 +1,27 @@
+"""What rules with heads share: gates from a few numbers, and constants that depend on a layer's depth."""
+
+import torch
+from torch import Tensor, nn
+
+from momkit.errors import InputError
+from momkit.mechanisms.base import Context, gate_dtype
+
+
+def expand_low_rank(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Second half of a low-rank map to heads, in gate precision, whatever autocast says.
+
+    x `[T, rank]`, weight `[H * K, rank]`, bias `[H, K]` -> `[T, H, K]`.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        flat = nn.functional.linear(gate_dtype(x), gate_dtype(weight), gate_dtype(bias).flatten())
+    return flat.unflatten(-1, bias.shape)
+
+
+def depth(context: Context | None) -> float:
+    """How far up a model a layer stands: 0 the first, 1 the last, 0 the only one."""
+    if context is None:
+        raise InputError("context = None: a rule whose constants depend on its layer needs a Context")
+    index, count = context.layer_index, context.num_layers
+    if not 0 <= index < count:
+        raise InputError(f"layer_index = {index}; allowed: 0 to {count - 1}, since num_layers = {count}")
+    return index / max(1, count - 1)

@@ -1,0 +1,119 @@
+"""The typed description of a MoM block, from which it is built."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SerializeAsAny, model_validator
+
+from momkit.mechanisms.base import MechanismSpec
+from momkit.registry import BASES, registry
+from momkit.routing.base import RouterSpec
+
+if TYPE_CHECKING:
+    from momkit.block import MoMBlock
+    from momkit.scan import Backend
+
+SCHEMA_VERSION = 1
+
+
+def parse_part(kind: str, value: Any) -> Any:
+    """A mechanism's or router's spec from a name, a dict with `kind`, or a spec object of a registered class."""
+    if isinstance(value, str):
+        return registry().find(kind, value).Spec()  # type: ignore[attr-defined]
+    if isinstance(value, dict):
+        name = value.get("kind")
+        if not isinstance(name, str):
+            raise ValueError(f"{kind} needs a `kind`, one of: {', '.join(registry().names(kind))}")
+        return registry().find(kind, name).Spec.model_validate(value)  # type: ignore[attr-defined]
+    if isinstance(value, BaseModel):
+        spec = registry().find(kind, getattr(value, "kind", "")).Spec  # type: ignore[attr-defined]
+        if not isinstance(value, spec):
+            raise ValueError(f"{kind} {value!r} is a {type(value).__name__}, the registered spec is {spec.__name__}")
+        return value
+    raise ValueError(f"{kind} must be a name, a dict or a spec, got {type(value).__name__}")
+
+
+def part_schema(kind: str) -> dict[str, Any]:
+    """JSON Schema of everything registered of a kind: a name, or the fields of one."""
+    classes: list[Any] = [registry().classes[kind][name] for name in registry().names(kind)]
+    specs = [cls.Spec.model_json_schema() for cls in classes]
+    for spec in specs:
+        spec["required"] = ["kind"]
+    return {"anyOf": [{"enum": registry().names(kind)}, *specs]}
+
+
+def part_field(kind: str) -> dict[str, Any]:
+    return {"description": f"name, or {{kind: name, ...}}, of a registered {BASES[kind].__name__.lower()}"}
+
+
+MechanismField = Annotated[
+    SerializeAsAny[MechanismSpec], BeforeValidator(lambda value: parse_part("mechanism", value)), Field(**part_field("mechanism"))
+]
+RouterField = Annotated[
+    SerializeAsAny[RouterSpec], BeforeValidator(lambda value: parse_part("router", value)), Field(**part_field("router"))
+]
+
+
+class SpecFile(BaseModel):
+    """A frozen description that reads and writes YAML and JSON; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "SpecFile":
+        """From YAML text (JSON is YAML too)."""
+        return cls.model_validate(yaml.safe_load(text))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class MoMSpec(SpecFile):
+    """Everything that defines a Mixture-of-Memories block.
+
+    mechanism, router: a registered name, a dict with `kind` and the fields of that rule or router, or its spec.
+    conv_size: width of the short convolution; None leaves it out.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    hidden_size: PositiveInt
+    num_memories: PositiveInt = 4
+    shared_memory: bool = True
+    mechanism: MechanismField = Field(default="gated_deltanet", validate_default=True)
+    router: RouterField = Field(default="softmax_topk", validate_default=True)
+    conv_size: PositiveInt | None = 4
+    output_gate: bool = True
+    norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> "MoMSpec":
+        self.router.check(self.num_memories)
+        self.mechanism.sizes(self.hidden_size)
+        return self
+
+    def build(self, layer_index: int = 0, num_layers: int = 1, backend: "Backend" = "auto") -> "MoMBlock":
+        """The block this spec describes, as layer `layer_index` of `num_layers`."""
+        from momkit.block import MoMBlock  # the one upward import: a spec builds its owner
+
+        return MoMBlock(self, layer_index=layer_index, num_layers=num_layers, backend=backend)
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """JSON Schema, with every registered mechanism and router spelled out."""
+        schema = super().model_json_schema(*args, **kwargs)
+        for kind in ("mechanism", "router"):
+            if kind in schema["properties"]:
+                schema["properties"][kind].pop("$ref", None)
+                schema["properties"][kind].pop("allOf", None)
+                schema["properties"][kind].update(part_schema(kind))
+        schema.get("$defs", {}).pop("MechanismSpec", None)
+        schema.get("$defs", {}).pop("RouterSpec", None)
+        return schema
+
+
+def load_spec(path: str | Path) -> MoMSpec:
+    """Read a MoMSpec from a YAML or JSON file."""
+    spec = MoMSpec.from_yaml(Path(path).read_text(encoding="utf-8"))
+    assert isinstance(spec, MoMSpec)
+    return spec
