@@ -42,9 +42,7 @@ class MoMBlock(nn.Module):
     Du et al. 2025, arXiv 2502.13685.
     """
 
-    def __init__(
-        self, spec: MoMSpec, *, layer_index: int = 0, num_layers: int = 1, backend: Backend = "auto"
-    ) -> None:
+    def __init__(self, spec: MoMSpec, *, layer_index: int = 0, num_layers: int = 1, backend: Backend = "auto") -> None:
         super().__init__()
         self.spec = spec
         self.backend: Backend = backend
@@ -193,16 +191,19 @@ class MoMBlock(nn.Module):
         """A state must have this block's names and shapes, and one row a sequence."""
         if not isinstance(state, MoMState):
             raise InputError(f"state must be a MoMState, got {type(state).__name__}")
-        shapes = {name: shape for name, shape in self.mechanism.state_spec().items()}
-        conv = {p.name: (self.project.history_size, p.width) for p in self.project.convolved}
-        for part, expected in (("recurrent", shapes), ("conv", conv)):
+        conv: dict[str, tuple[int, ...]] = {
+            p.name: (self.project.history_size, p.width) for p in self.project.convolved
+        }
+        for part, expected in (("recurrent", self.mechanism.state_spec()), ("conv", conv)):
             tensors: dict[str, Tensor] = getattr(state, part)
             if set(tensors) != set(expected):
                 raise InputError(f"state.{part} has {sorted(tensors)}; allowed: {sorted(expected)}")
             for name, shape in expected.items():
                 wanted = (batch_size, self.num_groups, *shape)
                 if tuple(tensors[name].shape) != wanted:
-                    raise InputError(f"state.{part}[{name!r}] has shape {tuple(tensors[name].shape)}; allowed: {wanted}")
+                    raise InputError(
+                        f"state.{part}[{name!r}] has shape {tuple(tensors[name].shape)}; allowed: {wanted}"
+                    )
                 if tensors[name].device != self.out_proj.weight.device:
                     raise InputError(f"state.{part}[{name!r}] is on {tensors[name].device}, the block elsewhere")
 

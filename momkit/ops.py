@@ -3,6 +3,8 @@
 Letters: T packed tokens, J slots a token, R = T * J slots, N segments, C channels, W conv width, H heads, V value dim.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
     bounds = offsets.tolist()
     parts = [
         nn.functional.linear(x[start:end], weight[m], None if bias is None else bias[m])
-        for m, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for m, (start, end) in enumerate(pairwise(bounds))
     ]
     parts.append(parts[0].new_zeros(len(x) - bounds[-1], weight.shape[1]))
     return torch.cat(parts)

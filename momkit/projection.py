@@ -26,8 +26,10 @@ class Projections(nn.Module):
         self.convolved = tuple(p for p in projections if p.conv) if conv_size else ()
         self.order = projections
         bound = hidden_size**-0.5
-        self.shared_weight = uniform(bound, sum(p.width for p in self.shared), hidden_size)
-        self.memory_weight = uniform(bound, num_groups, sum(p.width for p in self.per_memory), hidden_size)
+        if self.shared:
+            self.shared_weight = uniform(bound, sum(p.width for p in self.shared), hidden_size)
+        if self.per_memory:
+            self.memory_weight = uniform(bound, num_groups, sum(p.width for p in self.per_memory), hidden_size)
         self.bias = nn.ParameterDict(
             {p.name: nn.Parameter(torch.zeros(1 if p.shared else num_groups, p.width)) for p in projections if p.bias}
         )
@@ -66,7 +68,7 @@ class Projections(nn.Module):
         bias = None
         if self.conv_bias:
             zeros = [parts[p.name].new_zeros(p.width) for p in self.convolved]
-            bias = torch.cat([self.conv_bias[n] if n in self.conv_bias else z for n, z in zip(names, zeros, strict=True)])
+            bias = torch.cat([self.conv_bias.get(n, z) for n, z in zip(names, zeros, strict=True)])
         y, new_history = short_conv(
             torch.cat([parts[name] for name in names], -1),
             self.conv_weight,
@@ -80,7 +82,9 @@ class Projections(nn.Module):
 
     def empty_history(self, n: int) -> Inputs:
         """The history of n segments that have seen nothing."""
-        weight = self.memory_weight
+        if not self.convolved:
+            return {}
+        weight = self.conv_weight
         return {p.name: weight.new_zeros(n, self.history_size, p.width) for p in self.convolved}
 
 

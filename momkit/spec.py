@@ -1,20 +1,19 @@
 """The typed description of a MoM block, from which it is built."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SerializeAsAny, model_validator
 
+from momkit.errors import InputError
 from momkit.mechanisms.base import MechanismSpec
-from momkit.registry import BASES, registry
+from momkit.registry import registry
 from momkit.routing.base import RouterSpec
 
 if TYPE_CHECKING:
     from momkit.block import MoMBlock
     from momkit.scan import Backend
-
-SCHEMA_VERSION = 1
 
 
 def parse_part(kind: str, value: Any) -> Any:
@@ -43,15 +42,15 @@ def part_schema(kind: str) -> dict[str, Any]:
     return {"anyOf": [{"enum": registry().names(kind)}, *specs]}
 
 
-def part_field(kind: str) -> dict[str, Any]:
-    return {"description": f"name, or {{kind: name, ...}}, of a registered {BASES[kind].__name__.lower()}"}
-
-
 MechanismField = Annotated[
-    SerializeAsAny[MechanismSpec], BeforeValidator(lambda value: parse_part("mechanism", value)), Field(**part_field("mechanism"))
+    SerializeAsAny[MechanismSpec],
+    BeforeValidator(lambda value: parse_part("mechanism", value)),
+    Field(description="name, or {kind: name, ...}, of a registered mechanism"),
 ]
 RouterField = Annotated[
-    SerializeAsAny[RouterSpec], BeforeValidator(lambda value: parse_part("router", value)), Field(**part_field("router"))
+    SerializeAsAny[RouterSpec],
+    BeforeValidator(lambda value: parse_part("router", value)),
+    Field(description="name, or {kind: name, ...}, of a registered router"),
 ]
 
 
@@ -61,9 +60,13 @@ class SpecFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
-    def from_yaml(cls, text: str) -> "SpecFile":
-        """From YAML text (JSON is YAML too)."""
-        return cls.model_validate(yaml.safe_load(text))
+    def from_yaml(cls, text: str) -> Self:
+        """From YAML text (JSON is YAML too); text that is no YAML is an InputError."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as fault:
+            raise InputError(f"not YAML: {' '.join(str(fault).split())}") from fault
+        return cls.model_validate(data)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -76,7 +79,7 @@ class MoMSpec(SpecFile):
     conv_size: width of the short convolution; None leaves it out.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     hidden_size: PositiveInt
     num_memories: PositiveInt = 4
     shared_memory: bool = True
@@ -114,6 +117,4 @@ class MoMSpec(SpecFile):
 
 def load_spec(path: str | Path) -> MoMSpec:
     """Read a MoMSpec from a YAML or JSON file."""
-    spec = MoMSpec.from_yaml(Path(path).read_text(encoding="utf-8"))
-    assert isinstance(spec, MoMSpec)
-    return spec
+    return MoMSpec.from_yaml(Path(path).read_text(encoding="utf-8"))

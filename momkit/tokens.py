@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from momkit.checks import FLOATS, check_cu_seqlens
 from momkit.errors import InputError
-from momkit.scan import FLOATS, check_cu_seqlens
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """x: `[T, D]`, zeros where masked. cu_seqlens: `[B + 1]`. mask: `[T]` bool or None. shape: what `restore` returns."""
+    """x: `[T, D]`, zeros where masked. cu_seqlens: `[B + 1]`. mask: `[T]` bool or None. shape: what `restore` gives."""
 
     x: Tensor
     cu_seqlens: Tensor

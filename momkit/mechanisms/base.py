@@ -23,7 +23,7 @@ class MechanismSpec(BaseModel):
     """Settings of one update rule; `kind` is the name it is registered under."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: str
+    kind: str = ""
 
     def sizes(self, hidden_size: int) -> Sizes:
         """The size of every axis the rule names, those left out derived from `hidden_size`."""
@@ -243,9 +243,7 @@ class Mechanism(nn.Module):
         parameter = next(self.parameters(), None)
         dtype = torch.float64 if parameter is not None and parameter.dtype == torch.float64 else torch.float32
         device = None if parameter is None else parameter.device
-        return {
-            name: torch.zeros((n, *shape), dtype=dtype, device=device) for name, shape in self.state_spec().items()
-        }
+        return {name: torch.zeros((n, *shape), dtype=dtype, device=device) for name, shape in self.state_spec().items()}
 
     def scale_for(self, q: Tensor) -> float:
         """The factor on reads: the spec's, or K^-1/2 of the actual K."""
@@ -259,7 +257,7 @@ class Mechanism(nn.Module):
     def describe(cls) -> dict[str, str]:
         """Sentence, equation and paper, from the docstring."""
         paragraphs = re.split(r"\n\s*\n", (cls.__doc__ or "").strip())
-        sentence, equation, paper = (paragraphs + ["", ""])[:3]
+        sentence, equation, paper = [*paragraphs, "", ""][:3]
         clean = (re.sub(r"\n\s+", "\n", text).strip() for text in (sentence, equation, paper))
         return dict(zip(("summary", "equation", "paper"), clean, strict=True))
 

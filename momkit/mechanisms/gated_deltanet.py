@@ -23,7 +23,10 @@ from momkit.mechanisms.init import decay_rate, step_bias
 
 
 class GatedDeltaNetSpec(HeadSpec):
+    """Settings of Gated DeltaNet; `allow_neg_eigval` doubles beta, so that a write may overshoot (arXiv 2411.12537)."""
+
     kind: Literal["gated_deltanet"] = "gated_deltanet"
+    allow_neg_eigval: bool = False
 
 
 class GatedDeltaNet(Mechanism):
@@ -35,6 +38,7 @@ class GatedDeltaNet(Mechanism):
     """
 
     Spec = GatedDeltaNetSpec
+    spec: GatedDeltaNetSpec
     structure = Structure(decay="head", erase="delta", erase_sees="decayed")
 
     def make_parameters(self) -> None:
@@ -53,8 +57,8 @@ class GatedDeltaNet(Mechanism):
 
     def prepare(self, projected: Inputs) -> Inputs:
         q, k, v, beta, dt = take(projected, "q k v beta dt")
-        g = -self.A_log.exp() * nn.functional.softplus(gate_dtype(dt) + self.dt_bias)
-        return {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+        g = -gate_dtype(self.A_log).exp() * nn.functional.softplus(gate_dtype(dt) + gate_dtype(self.dt_bias))
+        return {"q": q, "k": k, "v": v, "g": g, "beta": 2 * beta if self.spec.allow_neg_eigval else beta}
 
     def inputs_domain(self) -> dict[str, Domain]:
         return {
@@ -62,7 +66,7 @@ class GatedDeltaNet(Mechanism):
             "k": Domain("T G K", unit_norm=True),
             "v": Domain("T H V"),
             "g": Domain("T H", high=0.0),
-            "beta": Domain("T H", low=0.0, high=1.0),
+            "beta": Domain("T H", low=0.0, high=2.0 if self.spec.allow_neg_eigval else 1.0),
         }
 
     def step(self, state: State, inputs: Inputs) -> tuple[State, Tensor]:

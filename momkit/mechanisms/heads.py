@@ -14,7 +14,7 @@ def expand_low_rank(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         flat = nn.functional.linear(gate_dtype(x), gate_dtype(weight), gate_dtype(bias).flatten())
-    return flat.unflatten(-1, bias.shape)
+    return flat.view(*x.shape[:-1], *bias.shape)
 
 
 def depth(context: Context | None) -> float:

@@ -20,18 +20,19 @@ from momkit.mechanisms.base import (
     take,
     where_frozen,
 )
+from momkit.mechanisms.heads import expand_low_rank
 from momkit.mechanisms.init import decay_rate, step_bias
 
 
 class KDASpec(HeadSpec):
-    """Settings of KDA; `gate_rank` is the rank of the map to decays, the key dim when left out."""
+    """Settings of KDA; `gate_low_rank` is the rank of the map to the decays, K when left out."""
 
     kind: Literal["kda"] = "kda"
-    gate_rank: PositiveInt | None = None
+    gate_low_rank: PositiveInt | None = None
 
     def sizes(self, hidden_size: int) -> Sizes:
         sizes = super().sizes(hidden_size)
-        return sizes | {"rank": self.gate_rank or sizes["K"]}
+        return sizes | {"rank": self.gate_low_rank or sizes["K"]}
 
 
 class KDA(Mechanism):
@@ -63,8 +64,8 @@ class KDA(Mechanism):
 
     def prepare(self, projected: Inputs) -> Inputs:
         q, k, v, beta, dt = take(projected, "q k v beta dt")
-        dt = gate_dtype(self.dt_up(dt)).unflatten(-1, self.dt_bias.shape)
-        gk = -gate_dtype(self.A_log).exp() * nn.functional.softplus(dt + self.dt_bias)
+        dt = nn.functional.softplus(expand_low_rank(dt, self.dt_up.weight, self.dt_bias))
+        gk = -gate_dtype(self.A_log).exp() * dt
         return {"q": q, "k": k, "v": v, "gk": gk, "beta": beta}
 
     def inputs_domain(self) -> dict[str, Domain]:

@@ -1,5 +1,6 @@
 """Linear attention."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -107,6 +108,7 @@ class LinearAttention(Mechanism):
         v = inputs["v"]
         values = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         columns = torch.cat([state["S"], state["z"].unsqueeze(-1)], dim=-1)
-        output, columns = affine(self.structure, self.lower(inputs | {"v": values}), columns)
-        total = output[..., -1:] / self.scale_for(inputs["q"])
-        return output[..., :-1] / total.clamp_min(self.spec.eps), {"S": columns[..., :-1], "z": columns[..., -1]}
+        output, columns = affine(self.structure, replace(self.lower(inputs | {"v": values}), scale=1.0), columns)
+        total = output[..., -1:].clamp_min(self.spec.eps)
+        output = self.scale_for(inputs["q"]) * output[..., :-1] / total
+        return output, {"S": columns[..., :-1], "z": columns[..., -1]}

@@ -18,6 +18,7 @@ from momkit.mechanisms.base import (
     take,
     where_frozen,
 )
+from momkit.mechanisms.heads import expand_low_rank
 from momkit.mechanisms.init import step_bias
 
 
@@ -69,7 +70,7 @@ class Mamba(Mechanism):
         x = projected["x"]
         N, rank = self.sizes["N"], self.sizes["rank"]
         dt, B, C = self.x_proj(x).split([rank, N, N], dim=-1)
-        dt = nn.functional.softplus(gate_dtype(self.dt_proj(dt)) + self.dt_bias)
+        dt = nn.functional.softplus(expand_low_rank(dt, self.dt_proj.weight, self.dt_bias))
         return {"x": x, "dt": dt, "A": -gate_dtype(self.A_log).exp(), "B": B, "C": C, "D": self.D}
 
     def state_axes(self) -> dict[str, str]:

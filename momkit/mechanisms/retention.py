@@ -34,7 +34,7 @@ class Retention(Mechanism):
     tokens, and the segment's short conv gives the neighbourhood.
     """
 
-    Spec = RetentionSpec
+    Spec: ClassVar[type[HeadSpec]] = RetentionSpec
     structure = Structure(decay="constant")
     activation: ClassVar[Activation] = "none"
 

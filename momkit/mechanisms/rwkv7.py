@@ -4,11 +4,10 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from momkit.mechanisms.base import (
-    Context,
     Domain,
     HeadSpec,
     Inputs,
@@ -23,23 +22,23 @@ from momkit.mechanisms.base import (
     take,
     where_frozen,
 )
+from momkit.mechanisms.heads import depth, expand_low_rank
 
 # the steepest log decay of one token: w = exp(-e^{-1/2} sigmoid(.)) stays above 0.545
 STEEPEST = -math.exp(-0.5)
 
 
 class RWKV7Spec(HeadSpec):
-    """Settings of RWKV-7; `decay_rank` and `gate_rank` are the ranks of the maps to decays and to in-context learning
-    rates, 1.8 sqrt(hidden_size) to the nearest 32 when left out."""
+    """Settings of RWKV-7; `decay_low_rank` and `gate_low_rank` are the ranks of the maps to the decays and to the
+    in-context learning rates, 1.8 sqrt(hidden_size) to the nearest 32 when left out. `scale` is 1 when left out."""
 
     kind: Literal["rwkv7"] = "rwkv7"
-    scale: float | None = Field(default=1.0, allow_inf_nan=False)
-    decay_rank: PositiveInt | None = None
-    gate_rank: PositiveInt | None = None
+    decay_low_rank: PositiveInt | None = None
+    gate_low_rank: PositiveInt | None = None
 
     def sizes(self, hidden_size: int) -> Sizes:
         rank = max(32, 32 * round(1.8 * hidden_size**0.5 / 32))
-        ranks = {"decay_rank": self.decay_rank or rank, "gate_rank": self.gate_rank or rank}
+        ranks = {"decay_low_rank": self.decay_low_rank or rank, "gate_low_rank": self.gate_low_rank or rank}
         return super().sizes(hidden_size) | ranks
 
 
@@ -53,14 +52,14 @@ class RWKV7(Mechanism):
     """
 
     Spec = RWKV7Spec
+    spec: RWKV7Spec
     structure = Structure(decay="key", erase="low_rank", erase_sees="previous")
 
     def make_parameters(self) -> None:
-        assert self.context is not None
         H, K = self.sizes["H"], self.sizes["K"]
-        self.decay_up = low_rank_up(self.sizes["decay_rank"], H * K)
-        self.gate_up = low_rank_up(self.sizes["gate_rank"], H * K)
-        self.decay_bias = nn.Parameter(decay_ramp(H * K, self.context).view(H, K))
+        self.decay_up = nn.Parameter(low_rank_up(self.sizes["decay_low_rank"], H * K))
+        self.gate_up = nn.Parameter(low_rank_up(self.sizes["gate_low_rank"], H * K))
+        self.decay_bias = nn.Parameter(decay_ramp(H * K, depth(self.context)).view(H, K))
         self.gate_bias = nn.Parameter(torch.zeros(H, K))
         self.k_k = nn.Parameter(torch.full((H, K), 0.85))
         self.k_a = nn.Parameter(torch.ones(H, K))
@@ -72,15 +71,14 @@ class RWKV7(Mechanism):
             Projection("q", (H, K), shared=True, conv=True),
             Projection("k", (H, K), conv=True),
             Projection("v", (H, V), conv=True),
-            Projection("decay", (self.sizes["decay_rank"],), conv=True, activation="tanh"),
-            Projection("gate", (self.sizes["gate_rank"],), conv=True),
+            Projection("decay", (self.sizes["decay_low_rank"],), conv=True, activation="tanh"),
+            Projection("gate", (self.sizes["gate_low_rank"],), conv=True),
         )
 
     def prepare(self, projected: Inputs) -> Inputs:
         q, k, v, decay, gate = take(projected, "q k v decay gate")
-        decay = gate_dtype(self.decay_up(decay)).unflatten(-1, self.decay_bias.shape) + self.decay_bias
-        gate = gate_dtype(self.gate_up(gate)).unflatten(-1, self.gate_bias.shape) + self.gate_bias
-        rate = gate.sigmoid()
+        decay = expand_low_rank(decay, self.decay_up, self.decay_bias)
+        rate = expand_low_rank(gate, self.gate_up, self.gate_bias).sigmoid()
         kappa = nn.functional.normalize(gate_dtype(k) * self.k_k, dim=-1)
         return {
             "q": q,
@@ -107,6 +105,9 @@ class RWKV7(Mechanism):
         a, b, gk = take(inputs, "a b gk")
         return inputs | {"gk": STEEPEST * (-gk).tanh(), "b": -a * b.sigmoid()}
 
+    def scale_for(self, q: Tensor) -> float:
+        return 1.0 if self.spec.scale is None else self.spec.scale
+
     def step(self, state: State, inputs: Inputs) -> tuple[State, Tensor]:
         q, gk, k, v, a, b = take(inputs, "q gk k v a b")
         S = state["S"]
@@ -122,14 +123,14 @@ class RWKV7(Mechanism):
         return output + ((q * k * self.r_k).sum(-1, keepdim=True) * v).to(output.dtype)
 
 
-def low_rank_up(rank: int, width: int) -> nn.Linear:
-    """The second half of a low-rank map, orthogonal and small."""
-    linear = nn.Linear(rank, width, bias=False)
-    nn.init.orthogonal_(linear.weight, gain=0.1 * max(1.0, (rank / width) ** 0.5))
-    return linear
+def low_rank_up(rank: int, width: int) -> Tensor:
+    """The second half `[width, rank]` of a low-rank map, orthogonal and small."""
+    weight = torch.empty(width, rank)
+    nn.init.orthogonal_(weight, gain=0.1 * max(1.0, (rank / width) ** 0.5))
+    return weight
 
 
-def decay_ramp(width: int, context: Context) -> Tensor:
-    """Decay biases that rise over the channels, from long memory to short, and more steeply in deeper layers."""
-    depth = context.layer_index / max(1, context.num_layers - 1)
-    return -6.5 + 5 * torch.linspace(0, 1, width) ** (0.85 + depth**0.5)
+def decay_ramp(width: int, depth: float) -> Tensor:
+    """Decay biases that rise over the channels, from long memory to short, and more steeply further up a model."""
+    ramp: Tensor = torch.linspace(0, 1, width) ** (0.85 + depth**0.5)
+    return 5 * ramp - 6.5

@@ -12,6 +12,7 @@ from momkit.mechanisms.base import (
     Inputs,
     Mechanism,
     Projection,
+    Sizes,
     State,
     gate_dtype,
     outer,
@@ -23,10 +24,9 @@ from momkit.mechanisms.base import (
 
 class TTTLinearSpec(HeadSpec):
     """Settings of TTT-Linear; `base_lr` is the largest inner learning rate, before its division by K, and `norm_eps`
-    the inner norm's."""
+    the inner norm's. `scale` is 1 when left out."""
 
     kind: Literal["ttt_linear"] = "ttt_linear"
-    scale: float | None = Field(default=1.0, allow_inf_nan=False)
     base_lr: PositiveFloat = Field(default=1.0, allow_inf_nan=False)
     norm_eps: PositiveFloat = Field(default=1e-6, allow_inf_nan=False)
 
@@ -88,6 +88,14 @@ class TTTLinear(Mechanism):
             "ln_w": Domain("H K"),
             "ln_b": Domain("H K"),
         }
+
+    def sample(self, generator: torch.Generator, sizes: Sizes) -> Inputs:
+        # as `prepare` gives it, at most about 1 / |k|^2: larger steps overshoot
+        inputs = super().sample(generator, sizes)
+        return inputs | {"eta": inputs["eta"] / sizes["K"]}
+
+    def scale_for(self, q: Tensor) -> float:
+        return 1.0 if self.spec.scale is None else self.spec.scale
 
     def step(self, state: State, inputs: Inputs) -> tuple[State, Tensor]:
         q, k, v, eta, ln_w, ln_b = take(inputs, "q k v eta ln_w ln_b")

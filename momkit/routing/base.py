@@ -14,7 +14,7 @@ class RouterSpec(BaseModel):
     """Settings of one router; `kind` is the name it is registered under."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: str
+    kind: str = ""
 
     def check(self, num_memories: int) -> None:
         """Raise a ValueError that names the field if this router can't serve `num_memories`."""

@@ -1,5 +1,6 @@
 """Hash routing: fixed random projections, nothing learned."""
 
+import math
 from typing import Literal
 
 import torch
@@ -25,8 +26,9 @@ def hash_projection(seed: int, context: RouterContext) -> Tensor:
     shape = (context.num_memories, context.hidden_size)
     directions = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     # rounded now, so that `module.bfloat16()` later sends no token elsewhere
-    rounded = (directions * context.hidden_size**-0.5).bfloat16()
-    return rounded.to(torch.get_default_device(), torch.get_default_dtype())
+    rounded = (directions / math.sqrt(context.hidden_size)).bfloat16().to(torch.get_default_dtype())
+    device: torch.device = torch.get_default_device()
+    return rounded.to(device)
 
 
 class HashRouter(Router):

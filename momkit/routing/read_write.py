@@ -26,7 +26,7 @@ class ReadWriteSpec(RouterSpec):
 class ReadWrite(Router):
     """A token is stored in some memories and answered by others, each choice with a router of its own.
 
-    write to the k_write largest of x W_write with weight 0; then read the k_read largest of x W_read, w = softmax;
+    writes: the k_write largest of x W_write, w = 0;  reads: the k_read largest of x W_read, w = their softmax;
     aux_loss = switch(x W_write) + switch(x W_read)
 
     Top-k and weights as in Du et al. 2025, arXiv 2502.13685, for reads; separate write and read addresses as in

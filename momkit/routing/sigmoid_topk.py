@@ -67,7 +67,7 @@ class SigmoidTopK(Router):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # in half precision a bias stops moving once it outgrows the update rate: `module.bfloat16()` must not cast it
         bias = self.bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.bias.dtype not in (torch.float32, torch.float64):
             self.bias = bias.to(self.bias.device, torch.float32)
         return self

@@ -10,5 +10,10 @@ class builtin:
 
     @hookimpl
     def momkit_register_tasks(self, register: Callable[[type], None]) -> None:
-        for cls in ():
+        from momkit.tasks.bytes import Bytes
+        from momkit.tasks.mqar import MQAR
+        from momkit.tasks.parity import Parity
+        from momkit.tasks.selective_copy import SelectiveCopy
+
+        for cls in (Bytes, MQAR, Parity, SelectiveCopy):
             register(cls)

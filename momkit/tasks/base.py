@@ -19,7 +19,7 @@ class TaskSpec(BaseModel):
     """Settings of one task; `kind` is the name it is registered under."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    kind: str
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Batch:
     targets: Tensor
     cu_seqlens: Tensor
     group: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        group = None if self.group is None else self.group.to(device)
+        return Batch(self.tokens.to(device), self.targets.to(device), self.cu_seqlens.to(device), group)
 
 
 def held_out_generator(*key: object) -> torch.Generator:
@@ -90,6 +95,6 @@ class Task:
     def describe(cls) -> dict[str, str]:
         """Sentence, example and source, from the docstring."""
         paragraphs = re.split(r"\n\s*\n", (cls.__doc__ or "").strip())
-        sentence, example, source = (paragraphs + ["", ""])[:3]
+        sentence, example, source = [*paragraphs, "", ""][:3]
         clean = (re.sub(r"\n\s+", "\n", text).strip() for text in (sentence, example, source))
         return dict(zip(("summary", "equation", "paper"), clean, strict=True))

@@ -2,10 +2,10 @@
 
 import glob
 import hashlib
+import os
 import sysconfig
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from momkit.tasks.base import IGNORE, Batch, Task, TaskSpec, check_draw
 class BytesSpec(TaskSpec):
     """Settings of byte-level language modelling.
 
-    paths: files, folders (every file below, hidden ones left out) or globs; none given means the sources of Python's
-    own standard library, without its tests. seq_len: tokens in a window. held_out: the fraction of the bytes that
-    training never sees. eval_examples: windows scored, evenly spaced in that part, or as many as it has.
+    paths: files, folders (every file below; hidden ones left out, links to folders not followed) or globs; none given
+    means the sources of Python's own standard library, without its tests. seq_len: tokens in a window. held_out: the
+    fraction of the bytes that training never sees. eval_examples: windows scored, evenly spaced in that part, or as
+    many as it has.
     """
 
     kind: Literal["bytes"] = "bytes"
@@ -34,7 +35,7 @@ class BytesSpec(TaskSpec):
 class Bytes(Task):
     """Predict the next byte of a text, in windows of a corpus of files.
 
-    d e f . f ( x   asks e f . f ( x and what follows; a file's first byte starts a new sequence in its window
+    r e t u r n   asks e t u r n and the byte after it; the first byte of a file starts a new sequence
 
     Any text; by default the sources of Python's standard library, whose sha256 is in `provenance`.
 
@@ -85,8 +86,9 @@ class Bytes(Task):
         available = (self.num_bytes - self.train_bytes - 1) // self.spec.seq_len
         count = min(self.spec.eval_examples, available)
         chosen = torch.arange(count) * available // count
-        for part in (self.train_bytes + chosen * self.spec.seq_len).split(batch_size):
-            yield self.windows(part)
+        at = self.train_bytes + chosen * self.spec.seq_len
+        for i in range(0, count, batch_size):
+            yield self.windows(at[i : i + batch_size])
 
     def windows(self, at: Tensor) -> Batch:
         """The windows that begin at these bytes of the stream, cut where a document begins."""
@@ -101,39 +103,46 @@ class Bytes(Task):
         return Batch(text[:, :-1].flatten(), targets.flatten(), cu_seqlens)
 
 
-def standard_library() -> list[Path]:
+def standard_library() -> list[str]:
     """The sources of this Python's standard library, without tests and installed packages, in the order of paths."""
-    root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "site-packages", "dist-packages"}
-    return in_order(p for p in root.rglob("*.py") if left_out.isdisjoint(p.relative_to(root).parts[:-1]))
+    files = walk(sysconfig.get_path("stdlib"), left_out.__contains__)
+    return sorted(path for path in files if path.endswith(".py"))
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[str]) -> list[str]:
     """The files that these names, folders and globs stand for, each once, in the order of paths."""
-    found: set[Path] = set()
+    found: dict[str, str] = {}
     for entry in paths:
-        path = Path(entry).expanduser()
-        matches = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
-        files = [file for match in matches for file in (visible_files(match) if match.is_dir() else [match])]
+        name = os.path.expanduser(entry)
+        matches = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+        files = [file for match in matches for file in (walk(match, is_hidden) if os.path.isdir(match) else [match])]
         if not files:
             raise InputError(f"paths: {entry!r} is no file, no folder with files and no glob that matches one")
-        found.update(file.resolve() for file in files)
-    return in_order(found)
+        found.update((os.path.realpath(file), file) for file in files)
+    return [found[place] for place in sorted(found)]
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """Every file below a folder that is not hidden, nor in a hidden folder."""
-    below = (p for p in folder.rglob("*") if not p.is_dir())
-    return [p for p in below if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+def walk(folder: str, skip: Callable[[str], bool]) -> Iterator[str]:
+    """Every file below a folder but those whose name, or the name of a folder they lie in, is skipped."""
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not skip(name)]
+        yield from (os.path.join(root, name) for name in files if not skip(name))
 
 
-def in_order(files: Iterator[Path] | set[Path]) -> list[Path]:
-    return sorted(files, key=lambda path: path.as_posix())
+def is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
-def read(path: Path) -> bytes:
-    """The bytes of one file; one that can't be read is refused by name."""
+def read(path: str) -> bytes:
+    """The bytes of one file."""
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
-        raise InputError(f"paths: {str(path)!r} can't be read: {error.strerror or error}") from error
+        refuse(error)
+
+
+def refuse(error: OSError) -> NoReturn:
+    """What can't be read is an error that names it, not a smaller corpus."""
+    raise InputError(f"paths: {error.filename!r} can't be read: {error.strerror}") from error

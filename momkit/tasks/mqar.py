@@ -48,10 +48,8 @@ class MQARSpec(SlicedSpec):
 
     kind: Literal["mqar"] = "mqar"
     vocab_size: int = Field(8192, ge=4)
-    train: tuple[MQARTrainSlice, ...] = Field(
-        tuple(MQARTrainSlice(seq_len=t, num_pairs=n, weight=w) for t, n, w in TRAIN), min_length=1
-    )
-    eval: tuple[MQARSlice, ...] = Field(tuple(MQARSlice(seq_len=t, num_pairs=n) for t, n in EVAL), min_length=1)
+    train: tuple[MQARTrainSlice, ...] = tuple(MQARTrainSlice(seq_len=t, num_pairs=n, weight=w) for t, n, w in TRAIN)
+    eval: tuple[MQARSlice, ...] = tuple(MQARSlice(seq_len=t, num_pairs=n) for t, n in EVAL)
     power_a: float = Field(0.01, gt=0.0, allow_inf_nan=False)
     random_non_queries: bool = True
 
@@ -90,7 +88,9 @@ class MQAR(SlicedTask):
         vocab_size, device = self.spec.vocab_size, generator.device
         keys = distinct(count, num_pairs, 1, vocab_size // 2, generator)
         values = distinct(count, num_pairs, vocab_size // 2, vocab_size, generator)
-        at = 2 * num_pairs + 2 * power_law_gaps(count, num_pairs, seq_len // 2 - num_pairs, self.spec.power_a, generator)
+        at = 2 * num_pairs + 2 * power_law_gaps(
+            count, num_pairs, seq_len // 2 - num_pairs, self.spec.power_a, generator
+        )
         if self.spec.random_non_queries:
             tokens = torch.randint(vocab_size, (count, seq_len), generator=generator, device=device)
         else:

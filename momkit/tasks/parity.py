@@ -22,7 +22,7 @@ class ParitySpec(TaskSpec):
     kind: Literal["parity"] = "parity"
     min_len: int = Field(3, ge=1)
     max_len: int = Field(40, ge=1)
-    eval_lens: tuple[int, ...] = Field((40, 64, 128, 256), min_length=1)
+    eval_lens: tuple[int, ...] = (40, 64, 128, 256)
     eval_examples: int = Field(256, ge=1)
     eval_seed: int = 0
     ask: Literal["each", "last"] = "each"
@@ -32,8 +32,8 @@ class ParitySpec(TaskSpec):
     def check_lengths(self) -> "ParitySpec":
         if self.max_len < self.min_len:
             raise ValueError(f"max_len={self.max_len} must be at least min_len={self.min_len}")
-        if min(self.eval_lens) < 1:
-            raise ValueError(f"eval_lens={self.eval_lens} must all be at least 1")
+        if not self.eval_lens or min(self.eval_lens) < 1:
+            raise ValueError(f"eval_lens={self.eval_lens} must hold at least one length, and none below 1")
         return self
 
 
@@ -65,9 +65,9 @@ class Parity(Task):
         for length in self.spec.eval_lens:
             # sequences follow one another in the stream of one length, so the batch size doesn't change them
             generator = held_out_generator(self.name, self.spec.eval_seed, length)
-            lengths = torch.full((self.spec.eval_examples,), length)
-            for part in lengths.split(batch_size):
-                yield self.draw(part, generator)
+            for i in range(0, self.spec.eval_examples, batch_size):
+                count = min(batch_size, self.spec.eval_examples - i)
+                yield self.draw(torch.full((count,), length), generator)
 
     def draw(self, lengths: Tensor, generator: torch.Generator) -> Batch:
         """Sequences of these lengths, packed."""

@@ -41,11 +41,10 @@ class SelectiveCopySpec(SlicedSpec):
 
     kind: Literal["selective_copy"] = "selective_copy"
     vocab_size: int = Field(16, ge=3)
-    train: tuple[SelectiveCopyTrainSlice, ...] = Field(
-        (SelectiveCopyTrainSlice(seq_len=256, num_tokens=16),), min_length=1
-    )
-    eval: tuple[SelectiveCopySlice, ...] = Field(
-        (SelectiveCopySlice(seq_len=256, num_tokens=16), SelectiveCopySlice(seq_len=256, num_tokens=32)), min_length=1
+    train: tuple[SelectiveCopyTrainSlice, ...] = (SelectiveCopyTrainSlice(seq_len=256, num_tokens=16),)
+    eval: tuple[SelectiveCopySlice, ...] = (
+        SelectiveCopySlice(seq_len=256, num_tokens=16),
+        SelectiveCopySlice(seq_len=256, num_tokens=32),
     )
 
 

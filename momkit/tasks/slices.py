@@ -1,9 +1,10 @@
 """Tasks whose sequences come in slices: a few lengths, each with its own load, mixed in every batch."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from momkit.tasks.base import Batch, Task, TaskSpec, check_draw, held_out_generator
@@ -23,22 +24,41 @@ class Slice(BaseModel):
 class TrainSlice(Slice):
     """A slice of the training mixture and its share of the sequences, relative to the other slices."""
 
-    weight: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
 
 
 class SlicedSpec(TaskSpec):
     """Settings that all sliced tasks share.
 
-    train: the mixture. eval: slices scored one by one, `eval_examples` sequences each, drawn from `eval_seed`.
+    train: the mixture. eval: slices scored one by one, `eval_examples` sequences each, drawn from `eval_seed`; where
+        only `train` is given, its slices.
     curriculum: the fraction of training by which all of `train` is in use. Slices open in order of group, then of
         length, at equal steps of progress, the first at 0; with `curriculum=0` all of them are there from the start.
     """
 
-    train: tuple[TrainSlice, ...] = Field(min_length=1)
-    eval: tuple[Slice, ...] = Field(min_length=1)
+    train: tuple[TrainSlice, ...]
+    eval: tuple[Slice, ...]
     eval_examples: int = Field(1000, ge=1)
     eval_seed: int = 0
     curriculum: float = Field(0.0, ge=0.0, le=1.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def score_what_is_trained(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "eval" in data or not isinstance(data.get("train"), list | tuple):
+            return data
+        parts = [dict(part) if isinstance(part, BaseModel | dict) else part for part in data["train"]]
+        for part in parts:
+            if isinstance(part, dict):
+                part.pop("weight", None)
+        return {**data, "eval": parts}
+
+    @model_validator(mode="after")
+    def check_slices(self) -> "SlicedSpec":
+        for name in ("train", "eval"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=() must hold at least one slice")
+        return self
 
 
 class SlicedTask(Task):
@@ -59,12 +79,13 @@ class SlicedTask(Task):
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         check_draw(batch_size)
-        for index, part in enumerate(self.spec.eval):
+        count = self.spec.eval_examples
+        for part in self.spec.eval:
             # a slice is drawn whole, so that its sequences don't depend on the batch size
-            generator = held_out_generator(self.name, self.spec.eval_seed, index)
-            drawn = self.rows(self.spec.eval_examples, part.seq_len, part.group, generator)
-            for tokens, targets in zip(*(rows.split(batch_size) for rows in drawn), strict=True):
-                yield pack([(tokens, targets, part.group)])
+            generator = held_out_generator(self.name, self.spec.eval_seed, part.seq_len, part.group)
+            tokens, targets = self.rows(count, part.seq_len, part.group, generator)
+            for i in range(0, count, batch_size):
+                yield pack([(tokens[i : i + batch_size], targets[i : i + batch_size], part.group)])
 
 
 def open_slices(slices: Sequence[TrainSlice], curriculum: float, progress: float) -> list[TrainSlice]:

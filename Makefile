@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --durations=20
+
+.PHONY: install demo test test-full lint plugin bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/momkit demo
+
+test: install lint plugin
+	MOMKIT_PROFILE=ci $(PYTEST) tests
+
+test-full: install lint plugin
+	MOMKIT_PROFILE=full $(PYTEST) --timeout 3600 tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# the example plugin is tested as a user gets it: from its wheel, outside the source tree
+plugin: install
+	rm -rf build/plugin build/wheels
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheels ./plugins_example
+	$(BIN)/python -m pip install --quiet --no-deps --target build/plugin build/wheels/*.whl
+	MOMKIT_PROFILE=ci PYTHONPATH=build/plugin $(ONE_THREAD) $(BIN)/python -m pytest -n 2 plugins_example/tests
+
+bench: install
+	$(BIN)/momkit bench --device cpu --out benchmarks/results
+
+clean:
+	rm -rf build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,188 @@
+"""What the CPU path costs: the chunked form against its rivals, by length, and several memories against one."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momkit.benchmarks.timing import as_dict, environment, interleaved
+from momkit.errors import InputError
+from momkit.mechanisms.base import Inputs
+from momkit.registry import registry
+from momkit.scan import as_mechanism, scan
+from momkit.spec import MoMSpec
+
+HEADS, DIM = 4, 64
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+def leaves(inputs: Inputs) -> Inputs:
+    return {name: tensor.float().requires_grad_() for name, tensor in inputs.items()}
+
+
+def forward_backward(call: Callable[[], Tensor], tensors: Inputs) -> Callable[[], Tensor]:
+    """A call that runs forward and backward into fresh gradients; returns the output."""
+
+    def run() -> Tensor:
+        for tensor in tensors.values():
+            tensor.grad = None
+        output = call()
+        output.sum().backward()
+        return output.detach()
+
+    return run
+
+
+def sample(name: str, length: int) -> Inputs:
+    """Random inputs of a rule at the benchmark's shape, 4 heads of 64."""
+    rule = as_mechanism(name)
+    sizes = {"T": length, "H": HEADS, "G": HEADS, "K": DIM, "V": DIM, "slots": DIM, "channels": HEADS * DIM, "N": 16}
+    return leaves(rule.sample(torch.Generator().manual_seed(0), sizes))
+
+
+def momkit_form(name: str, inputs: Inputs, backend: Any) -> Callable[[], Tensor]:
+    return forward_backward(lambda: scan(name, inputs, backend=backend).output, inputs)
+
+
+def transformers_form(inputs: Inputs) -> Callable[[], Tensor]:
+    """The pure-torch chunked gated delta rule that transformers falls back to for Qwen3-Next."""
+    try:
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule as chunk
+    except ImportError as fault:
+        raise InputError(f"peer 'transformers' can't be measured: {fault}; pip install 'momkit[dev]'") from fault
+
+    def call() -> Tensor:
+        batched = {name: tensor[None] for name, tensor in inputs.items()}
+        output: Tensor = chunk(batched["q"], batched["k"], batched["v"], batched["g"], batched["beta"])[0][0]
+        return output
+
+    return forward_backward(call, inputs)
+
+
+def agree(outputs: dict[str, Tensor]) -> float:
+    """The largest difference between candidates, relative to the largest value; refuses what is not the same result."""
+    first = next(iter(outputs.values()))
+    worst = max(float((other - first).abs().max() / first.abs().max()) for other in outputs.values())
+    if not worst < 1e-3:
+        raise ArithmeticError(f"the candidates disagree by {worst:.1e}: nothing was timed")
+    return worst
+
+
+def lengths(rounds: int) -> Iterator[dict[str, Any]]:
+    """Gated delta rule over one sequence of each length, forward and backward."""
+    for length in LENGTHS:
+        inputs = sample("gated_deltanet", length)
+        candidates = {
+            "chunked": momkit_form("gated_deltanet", inputs, "chunked"),
+            "reference": momkit_form("gated_deltanet", inputs, "reference"),
+            "transformers": transformers_form(inputs),
+        }
+        difference = agree({name: call() for name, call in candidates.items()})
+        fast = {name: candidates[name] for name in ("chunked", "transformers")}
+        timings = interleaved(fast, rounds) | interleaved({"reference": candidates["reference"]}, min(rounds, 3))
+        yield {"tokens": length, "difference": difference, "timings": as_dict(timings)}
+
+
+def rules(rounds: int) -> Iterator[dict[str, Any]]:
+    """Every rule with a chunked form at 2048 tokens, forward and backward."""
+    for name in registry().names("mechanism"):
+        if as_mechanism(name).has_chunked_form:
+            inputs = sample(name, 2048)
+            candidates = {backend: momkit_form(name, inputs, backend) for backend in ("chunked", "reference")}
+            difference = agree({backend: call() for backend, call in candidates.items()})
+            timings = interleaved({"chunked": candidates["chunked"]}, rounds)
+            timings |= interleaved({"reference": candidates["reference"]}, min(rounds, 3))
+            yield {"rule": name, "difference": difference, "timings": as_dict(timings)}
+
+
+def blocks(rounds: int) -> Iterator[dict[str, Any]]:
+    """The default block (4 memories, top 2, shared) against the same block with one memory, forward and backward."""
+    for batch, length in ((1, 4096), (8, 512)):
+        torch.manual_seed(0)
+        one = MoMSpec(hidden_size=256, num_memories=1, shared_memory=False, router={"kind": "softmax_topk", "top_k": 1})
+        candidates = {}
+        for name, spec in (("mom", MoMSpec(hidden_size=256)), ("one_memory", one)):
+            block = spec.build()
+            x = torch.randn(batch, length, 256, requires_grad=True)
+            tensors = {"x": x} | dict(block.named_parameters())
+            candidates[name] = forward_backward(lambda block=block, x=x: block(x).hidden_states, tensors)  # type: ignore[misc]
+        yield {"batch": batch, "tokens": length, "timings": as_dict(interleaved(candidates, rounds))}
+
+
+def measure(rounds: int = 7) -> dict[str, Any]:
+    """Every CPU measurement, with hardware, versions and date."""
+    return {
+        "what": f"CPU, float32, forward and backward, {HEADS} heads of {DIM}; seconds",
+        **environment("cpu"),
+        "lengths": list(lengths(rounds)),
+        "rules": list(rules(rounds)),
+        "blocks": list(blocks(rounds)),
+    }
+
+
+def bars(result: dict[str, Any]) -> dict[str, float]:
+    """The ratios that this library promises, from a measurement."""
+    by_length = {row["tokens"]: {n: t["median"] for n, t in row["timings"].items()} for row in result["lengths"]}
+    per_token = [by_length[n]["chunked"] / n for n in LENGTHS if n >= 2048]
+    block = [row["timings"]["mom"]["median"] / row["timings"]["one_memory"]["median"] for row in result["blocks"]]
+    return {
+        "reference / chunked at 2048": by_length[2048]["reference"] / by_length[2048]["chunked"],
+        "transformers / chunked at 4096": by_length[4096]["transformers"] / by_length[4096]["chunked"],
+        "cost per token, most / least, 2048 to 16384": max(per_token) / min(per_token),
+        "mom block / one-memory block, most": max(block),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The measurement as tables."""
+    ms = {True: "{:.1f}", False: "{:.0f}"}
+
+    def cell(timing: dict[str, float]) -> str:
+        value = timing["median"] * 1e3
+        return ms[value < 100].format(value)
+
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    lines = [
+        "# CPU timings",
+        "",
+        f"{result['what']}. {result['hardware']}, {result['threads']} threads, {versions}, {result['date']}.",
+        "Made by `momkit bench --device cpu`; medians, candidates interleaved in one process.",
+        "",
+        "| promise | measured |",
+        "|---|---|",
+        *(f"| {name} | {value:.2f} |" for name, value in bars(result).items()),
+        "",
+        "Gated delta rule, one sequence, milliseconds:",
+        "",
+        "| tokens | chunked | reference | transformers | chunked, us a token |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["lengths"]:
+        t = row["timings"]
+        micro = t["chunked"]["median"] / row["tokens"] * 1e6
+        cells = " | ".join(cell(t[name]) for name in ("chunked", "reference", "transformers"))
+        lines.append(f"| {row['tokens']} | {cells} | {micro:.1f} |")
+    lines += [
+        "",
+        "Every rule with a chunked form, 2048 tokens, milliseconds:",
+        "",
+        "| rule | chunked | reference | ratio |",
+    ]
+    lines += ["|---|---|---|---|"]
+    for row in result["rules"]:
+        t = row["timings"]
+        ratio = t["reference"]["median"] / t["chunked"]["median"]
+        lines.append(f"| `{row['rule']}` | {cell(t['chunked'])} | {cell(t['reference'])} | {ratio:.0f}x |")
+    lines += [
+        "",
+        "Block of width 256, milliseconds:",
+        "",
+        "| batch x tokens | 4 memories, top 2, shared | one memory | ratio |",
+    ]
+    lines += ["|---|---|---|---|"]
+    for row in result["blocks"]:
+        t = row["timings"]
+        ratio = t["mom"]["median"] / t["one_memory"]["median"]
+        lines.append(f"| {row['batch']} x {row['tokens']} | {cell(t['mom'])} | {cell(t['one_memory'])} | {ratio:.2f} |")
+    return "\n".join(lines) + "\n"

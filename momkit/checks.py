@@ -1,0 +1,142 @@
+"""What public entries refuse: names, types, devices, shapes always, values where looking costs no synchronisation."""
+
+import os
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from momkit.errors import InputError
+from momkit.mechanisms.base import Inputs, Mechanism, Sizes, State
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def checking_values(tensor: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at: always on a CPU, elsewhere only under MOMKIT_CHECK=1."""
+    return tensor.device.type == "cpu" or os.environ.get("MOMKIT_CHECK") == "1"
+
+
+def check_inputs(mechanism: Mechanism, inputs: Inputs) -> Sizes:
+    """Names, types, devices and shapes of a rule's inputs; returns the size of each axis."""
+    domain = mechanism.inputs_domain()
+    what = f"{mechanism.name} inputs"
+    if missing := [name for name in domain if name not in inputs]:
+        raise InputError(f"{what}: {', '.join(missing)} missing; it takes {', '.join(domain)}")
+    if unknown := [name for name in inputs if name not in domain]:
+        raise InputError(f"{what}: {', '.join(unknown)} unknown; it takes {', '.join(domain)}")
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{what}: {name} must be a tensor, got {type(tensor).__name__}")
+    device = inputs[mechanism.value_input].device
+    sizes: Sizes = {}
+    origin: dict[str, str] = {}
+    for name, entry in domain.items():
+        tensor = inputs[name]
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"{what}: {name} is {tensor.dtype}; allowed: float32, float64, bfloat16, float16")
+        if tensor.device != device:
+            raise InputError(f"{what}: {name} is on {tensor.device}, {mechanism.value_input} on {device}")
+        axes = entry.axes.split()
+        if axes[0] != "T" and tensor.ndim == len(axes) + 1:
+            axes = ["T", *axes]
+        if tensor.ndim != len(axes):
+            raise InputError(f"{what}: {name} has shape {tuple(tensor.shape)}; allowed: [{', '.join(axes)}]")
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if axis in sizes and sizes[axis] != size:
+                raise InputError(
+                    f"{what}: {name} has {axis} = {size} in shape {tuple(tensor.shape)}, "
+                    f"{origin[axis]} has {sizes[axis]}"
+                )
+            if axis != "T" and size == 0:
+                raise InputError(f"{what}: {name} has {axis} = 0; allowed: 1 or more")
+            sizes[axis] = size
+            origin.setdefault(axis, name)
+    sizes.setdefault("G", sizes.get("H", 1))
+    sizes.setdefault("H", sizes["G"])
+    if sizes["H"] % sizes["G"]:
+        raise InputError(f"{what}: H = {sizes['H']} is not a multiple of the number of key heads G = {sizes['G']}")
+    for axis, size in mechanism.sizes.items():
+        if axis not in "GT" and sizes.get(axis, size) != size:
+            raise InputError(f"{what}: {axis} = {sizes[axis]} in the inputs, {size} in the module")
+    check_spec_sizes(mechanism, sizes)
+    if os.environ.get("MOMKIT_CHECK") == "1":
+        for name, tensor in inputs.items():
+            if torch.isnan(tensor).any() or torch.isposinf(tensor).any():
+                raise InputError(f"{what}: {name} holds NaN or +inf")
+    return sizes
+
+
+def check_spec_sizes(mechanism: Mechanism, sizes: Sizes) -> None:
+    """Sizes that a spec fixes must be those of the inputs."""
+    for field, axis in (("num_heads", "H"), ("head_dim", "K"), ("head_v_dim", "V")):
+        wanted = getattr(mechanism.spec, field, None)
+        if wanted is not None and sizes.get(axis, wanted) != wanted:
+            raise InputError(f"{mechanism.name} inputs: {axis} = {sizes[axis]}, but {field} = {wanted} in its spec")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
+    """Bounds of packed sequences: int32 or int64, rising from 0 to T."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise InputError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"cu_seqlens is {cu_seqlens.dtype}; allowed: int32, int64")
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1:
+        raise InputError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; allowed: [N + 1]")
+    if cu_seqlens.device != device:
+        raise InputError(f"cu_seqlens is on {cu_seqlens.device}, the tokens are on {device}")
+    if not checking_values(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise InputError(f"cu_seqlens starts at {bounds[0]}; allowed: 0")
+    if any(b < a for a, b in pairwise(bounds)):
+        raise InputError(f"cu_seqlens decreases: {bounds}")
+    if bounds[-1] != num_tokens:
+        raise InputError(f"cu_seqlens ends at {bounds[-1]}; allowed: T = {num_tokens}")
+
+
+def check_state(
+    mechanism: Mechanism,
+    sizes: Sizes,
+    num_segments: int,
+    initial_state: Mapping[str, Tensor] | None,
+    state_index: Tensor | None,
+    device: torch.device,
+) -> State | None:
+    """The initial state of each segment, picked from a pool where `state_index` says so."""
+    if initial_state is None:
+        if state_index is not None:
+            raise InputError("state_index needs an initial_state to pick from")
+        return None
+    shapes = mechanism.state_spec(sizes)
+    if set(initial_state) != set(shapes):
+        raise InputError(f"initial_state has {sorted(initial_state)}; allowed: {sorted(shapes)}")
+    for name, shape in shapes.items():
+        tensor = initial_state[name]
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
+            raise InputError(f"initial_state[{name!r}] must be a floating point tensor")
+        if tensor.device != device:
+            raise InputError(f"initial_state[{name!r}] is on {tensor.device}, the inputs are on {device}")
+        if tuple(tensor.shape[1:]) != shape or tensor.ndim != len(shape) + 1:
+            allowed = ["N" if state_index is None else "P", *mechanism.state_axes()[name].split()]
+            raise InputError(
+                f"initial_state[{name!r}] has shape {tuple(tensor.shape)}; allowed: [{', '.join(allowed)}] = [.., "
+                f"{', '.join(map(str, shape))}]"
+            )
+        if state_index is None and len(tensor) != num_segments:
+            raise InputError(f"initial_state[{name!r}] has {len(tensor)} rows; allowed: N = {num_segments}")
+    if state_index is None:
+        return {name: initial_state[name] for name in shapes}
+    if not isinstance(state_index, Tensor) or state_index.dtype not in (torch.int32, torch.int64):
+        raise InputError("state_index must be an int32 or int64 tensor")
+    if state_index.shape != (num_segments,) or state_index.device != device:
+        raise InputError(
+            f"state_index has shape {tuple(state_index.shape)} on {state_index.device}; allowed: [N] = "
+            f"[{num_segments}] on {device}"
+        )
+    rows = min(len(initial_state[name]) for name in shapes)
+    if checking_values(state_index) and not all(0 <= row < rows for row in state_index.tolist()):
+        raise InputError(f"state_index holds {state_index.tolist()}; allowed: 0 to {rows - 1}")
+    return {name: initial_state[name].index_select(0, state_index) for name in shapes}
