@@ -191,9 +191,7 @@ class MoMBlock(nn.Module):
         """A state must have this block's names and shapes, and one row a sequence."""
         if not isinstance(state, MoMState):
             raise InputError(f"state must be a MoMState, got {type(state).__name__}")
-        conv: dict[str, tuple[int, ...]] = {
-            p.name: (self.project.history_size, p.width) for p in self.project.convolved
-        }
+        conv: dict[str, tuple[int, ...]] = {p.name: (self.project.width - 1, p.width) for p in self.project.convolved}
         for part, expected in (("recurrent", self.mechanism.state_spec()), ("conv", conv)):
             tensors: dict[str, Tensor] = getattr(state, part)
             if set(tensors) != set(expected):

@@ -3,6 +3,7 @@
 Letters: T packed tokens, J slots a token, R = T * J slots, N segments, C channels, W conv width, H heads, V value dim.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -24,52 +25,64 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
     return torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What a causal convolution of some width sees at each slot: the writing slots of its segment before it.
+
+    Each segment's writing slots stand behind its history in one buffer, with a spare last row for slots that do not
+    enter. rows: `[N, W-1]` buffer rows of the histories. target: `[R]` buffer row of each slot. start: `[R]` first
+    buffer row of each slot's window. kept: `[N, W-1]` buffer rows of the new histories. covered: `[R]`.
+    """
+
+    rows: Tensor
+    target: Tensor
+    start: Tensor
+    kept: Tensor
+    covered: Tensor
+
+    @staticmethod
+    def of(cu_seqlens: Tensor, segment: Tensor, writes: Tensor | None, width: int) -> "Windows":
+        """cu_seqlens `[N + 1]`; segment `[R]`, N for slots of none; writes `[R]`, None where every slot enters."""
+        cu, past = cu_seqlens.long(), width - 1
+        num_segments = len(cu) - 1
+        covered = segment < num_segments
+        enters = covered if writes is None else covered & writes
+        before = nn.functional.pad(enters.long().cumsum(0), (1, 0))
+        first = before[cu[:-1]] + past * torch.arange(num_segments, device=cu.device)
+        # a slot of no segment looks at the first one's rows; its output is discarded
+        home = nn.functional.pad(first - before[cu[:-1]], (0, 1))[segment]
+        start = torch.where(covered, before[:-1] + home, 0)
+        spare = num_segments * past + len(segment)
+        step = torch.arange(past, device=cu.device)
+        return Windows(
+            rows=first[:, None] + step,
+            target=torch.where(enters, start + past, spare),
+            start=start,
+            kept=(first + before[cu[1:]] - before[cu[:-1]])[:, None] + step,
+            covered=covered,
+        )
+
+
 def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor,
-    history: Tensor,
-    segment: Tensor,
-    writes: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, history: Tensor, windows: Windows
 ) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution inside each segment: y_r = sum_w weight_w x_{r-W+1+w} + bias.
 
     x: `[R, C]` slots in segment order. weight: `[C, W]`. history: `[N, W-1, C]`, what came before each segment.
-    segment: `[R]` the segment of each row, N for rows of none; these come out as zeros.
-    writes: `[R]` bool; a row where it is False sees the history and itself, and never enters the history.
+    A read-only slot sees the history and itself, and never enters the history; slots of no segment come out as zeros.
     Returns y `[R, C]` and the new history.
     """
-    width = weight.shape[1] - 1
-    num_segments, num_rows = len(history), len(x)
-    cu = cu_seqlens.long()
-    covered = segment < num_segments
-    enters = covered if writes is None else covered & writes
-    # each segment's writing rows stand behind its history in one buffer; rows that do not enter share a last row
-    before = nn.functional.pad(enters.long().cumsum(0), (1, 0))
-    start = before[cu[:-1]] + width * torch.arange(num_segments, device=x.device)
-    lane = segment.clamp_max(max(0, num_segments - 1))
-    window = before[:-1] - before[cu[:-1]][lane] + start[lane] if num_segments else before[:-1]
-    window = torch.where(covered, window, 0)
-    last = num_segments * width + num_rows
-    target = torch.where(enters, window + width, last)
-    end = start + before[cu[1:]] - before[cu[:-1]]
-    kept = torch.arange(width, device=x.device)
-
-    buffer = x.new_zeros(last + 1, x.shape[1])
-    buffer = buffer.index_copy(0, (start[:, None] + kept).reshape(-1), history.to(x.dtype).reshape(-1, x.shape[1]))
-    buffer = buffer.index_copy(0, target, x)
-    y = x * weight[:, width]
-    if width:
-        span = last - width + 1
-        past = buffer[:span] * weight[:, 0]
-        for w in range(1, width):
-            past = past + buffer[w : w + span] * weight[:, w]
-        y = y + past.index_select(0, window)
+    channels, past = x.shape[1], weight.shape[1] - 1
+    buffer = x.new_zeros(windows.rows.numel() + len(x) + 1, channels)
+    buffer = buffer.index_copy(0, windows.rows.flatten(), history.to(x.dtype).reshape(-1, channels))
+    buffer = buffer.index_copy(0, windows.target, x)
+    y = x * weight[:, past]
+    if past:
+        seen = nn.functional.conv1d(buffer.T[None], weight[:, None, :past], groups=channels)[0].T
+        y = y + seen.index_select(0, windows.start)
     if bias is not None:
         y = y + bias
-    y = torch.where(covered[:, None], y, 0.0)
-    return y, buffer[end[:, None] + kept]
+    return torch.where(windows.covered[:, None], y, 0.0), buffer[windows.kept]
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

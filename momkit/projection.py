@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from momkit.mechanisms.base import Inputs, Projection
-from momkit.ops import activate, grouped_linear, l2_normalize, short_conv
+from momkit.ops import Windows, activate, grouped_linear, l2_normalize, short_conv
 from momkit.routing.dispatch import DispatchPlan
 
 
@@ -14,7 +14,7 @@ class Projections(nn.Module):
     """Linear, short convolution, activation and l2 norm, in this order, as the mechanism's projections ask.
 
     shared_weight: `[out, D]`, applied once a token. memory_weight: `[M(+1), out, D]`, one grouped product of all
-    per-memory projections. conv_weight: `[C, W]`, shared by all memories, over the channels of all convolved ones.
+    per-memory projections. conv: name -> `[width, W]`, shared by all memories.
     """
 
     def __init__(
@@ -33,13 +33,11 @@ class Projections(nn.Module):
         self.bias = nn.ParameterDict(
             {p.name: nn.Parameter(torch.zeros(1 if p.shared else num_groups, p.width)) for p in projections if p.bias}
         )
-        width = conv_size or 1
-        if self.convolved:
-            self.conv_weight = uniform(width**-0.5, sum(p.width for p in self.convolved), width)
+        self.width = conv_size or 1
+        self.conv = nn.ParameterDict({p.name: uniform(self.width**-0.5, p.width, self.width) for p in self.convolved})
         self.conv_bias = nn.ParameterDict(
             {p.name: nn.Parameter(torch.zeros(p.width)) for p in self.convolved if p.conv_bias}
         )
-        self.history_size = width - 1
 
     def forward(self, x: Tensor, plan: DispatchPlan, history: Inputs) -> tuple[Inputs, Inputs]:
         """`x` `[T, D]` and history name -> `[N, W-1, width]` to projections name -> `[R, *shape]` and new history."""
@@ -54,38 +52,19 @@ class Projections(nn.Module):
             parts[name] = parts[name] + (bias if len(bias) == 1 else bias.index_select(0, plan.memory))
         new_history: Inputs = {}
         if self.convolved:
-            convolved, new_history = self.convolve(parts, plan, history)
-            parts.update(convolved)
+            windows = Windows.of(plan.cu_seqlens, plan.segment, plan.writes, self.width)
+            for name, weight in self.conv.items():
+                bias = self.conv_bias.get(name)
+                parts[name], new_history[name] = short_conv(parts[name], weight, bias, history[name], windows)
         projected: Inputs = {}
         for p in self.order:
             value = activate(parts[p.name], p.activation).view(-1, *p.shape)
             projected[p.name] = l2_normalize(value) if p.l2 else value
         return projected, new_history
 
-    def convolve(self, parts: Inputs, plan: DispatchPlan, history: Inputs) -> tuple[Inputs, Inputs]:
-        """One convolution over the channels of every convolved projection."""
-        names = [p.name for p in self.convolved]
-        bias = None
-        if self.conv_bias:
-            zeros = [parts[p.name].new_zeros(p.width) for p in self.convolved]
-            bias = torch.cat([self.conv_bias.get(n, z) for n, z in zip(names, zeros, strict=True)])
-        y, new_history = short_conv(
-            torch.cat([parts[name] for name in names], -1),
-            self.conv_weight,
-            bias,
-            plan.cu_seqlens,
-            torch.cat([history[name] for name in names], -1),
-            plan.segment,
-            plan.writes,
-        )
-        return split(y, self.convolved), split(new_history, self.convolved)
-
     def empty_history(self, n: int) -> Inputs:
         """The history of n segments that have seen nothing."""
-        if not self.convolved:
-            return {}
-        weight = self.conv_weight
-        return {p.name: weight.new_zeros(n, self.history_size, p.width) for p in self.convolved}
+        return {name: weight.new_zeros(n, self.width - 1, len(weight)) for name, weight in self.conv.items()}
 
 
 def uniform(bound: float, *shape: int) -> nn.Parameter:

@@ -1,0 +1,132 @@
+"""`momkit doctor`: versions, devices, backends and plugins, and what is wrong with them."""
+
+import os
+import platform
+import re
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import torch
+import typer
+
+from momkit import MoMSpec, __version__
+from momkit.cli.console import JsonFlag, emit, stdout, table
+from momkit.plugins import Plugin
+from momkit.registry import registry
+from momkit.scan import BACKENDS
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package; nothing is imported for it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """What momkit runs on, None for what is not there."""
+    found = {name: installed(name) for name in ("torch", "triton", "numpy", "pydantic", "pluggy")}
+    return {"momkit": __version__, "python": platform.python_version(), **found}
+
+
+def missing_requirements() -> list[str]:
+    """Packages that momkit declares for every platform and that are not installed."""
+    try:
+        declared = metadata.requires("momkit") or []
+    except metadata.PackageNotFoundError:  # run from a folder that was never installed
+        return []
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in declared if ";" not in line]
+    return [f"{name} is required and not installed" for name in names if installed(name) is None]
+
+
+def devices() -> list[dict[str, str]]:
+    """The devices torch can compute on."""
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    found = [{"name": "cpu", "description": cpu}]
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute capability {gpu.major}.{gpu.minor}"
+        found.append({"name": f"cuda:{index}", "description": text})
+    return found
+
+
+def backends() -> list[dict[str, Any]]:
+    """Every backend, whether it can run here, and why."""
+    reasons = {
+        "reference": "the rule's one step in plain torch: any rule, any device",
+        "chunked": "matmul form in plain torch: affine rules, any device",
+    }
+    found = [{"name": n, "available": True, "reason": reasons.get(n, "registered")} for n in BACKENDS]
+    if "triton" not in BACKENDS:
+        found.append({"name": "triton", "available": False, "reason": "this version of momkit has no Triton kernels"})
+    return found
+
+
+def status(plugin: Plugin) -> str:
+    """What became of a plugin."""
+    if plugin.error:
+        return "failed"
+    return "left out by MOMKIT_PLUGINS" if plugin.skipped else "loaded"
+
+
+def self_test() -> str | None:
+    """What goes wrong when a small block takes three tokens; None when nothing does."""
+    try:
+        block = MoMSpec(hidden_size=8).build()
+        out = block(torch.ones(1, 3, 8)).hidden_states
+        return None if bool(out.isfinite().all()) else "a block's output is not finite"
+    except Exception as fault:  # whatever is broken is what is asked for
+        return f"{type(fault).__name__}: {fault}"
+
+
+def doctor(as_json: JsonFlag = False) -> None:
+    """Report versions, devices, backends and plugins; exit code 1 if something that momkit needs is broken."""
+    problems = missing_requirements()
+    plugins: list[Plugin] = []
+    try:
+        plugins = registry().plugins
+    except Exception as fault:  # the built-ins are broken: the report must still come
+        problems.append(f"built-ins can't be loaded: {type(fault).__name__}: {fault}")
+    else:
+        if fault_text := self_test():
+            problems.append(f"a block can't run: {fault_text}")
+    document = {
+        "ok": not problems,
+        "problems": problems,
+        "versions": versions(),
+        "devices": devices(),
+        "backends": backends(),
+        "plugins": [asdict(plugin) | {"status": status(plugin)} for plugin in plugins],
+    }
+    if as_json:
+        emit(document)
+    else:
+        print_report(document)
+    raise typer.Exit(0 if document["ok"] else 1)
+
+
+def print_report(document: dict[str, Any]) -> None:
+    console = stdout()
+    rows = table("versions", "package", "version")
+    for name, version in document["versions"].items():
+        rows.add_row(name, version or "not installed")
+    console.print(rows, "")
+    rows = table("devices", "device", "description")
+    for device in document["devices"]:
+        rows.add_row(*device.values())
+    console.print(rows, "")
+    rows = table("backends", "backend", "available", "reason")
+    for backend in document["backends"]:
+        rows.add_row(backend["name"], "yes" if backend["available"] else "no", backend["reason"])
+    console.print(rows, "")
+    rows = table("plugins", "plugin", "from", "status", "registers")
+    for plugin in document["plugins"]:
+        counts = [f"{len(names)} {kind}s" for kind, names in plugin["registered"].items() if names]
+        origin = f"{plugin['distribution']} {plugin['version']}"
+        rows.add_row(plugin["name"], origin, plugin["status"], plugin["error"] or ", ".join(counts) or "nothing")
+    console.print(rows, "")
+    for problem in document["problems"]:
+        console.print(f"broken: {problem}")
+    console.print("momkit works" if document["ok"] else "momkit does not work here")

@@ -1,0 +1,339 @@
+"""A small causal language model over MoM blocks, some of whose layers may be softmax attention.
+
+Letters: B sequences, T packed tokens, D hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from momkit.block import MoMBlock, parameter_groups
+from momkit.errors import InputError
+from momkit.models.attention import CausalAttention, KVState
+from momkit.routing.base import Routing
+from momkit.checks import check_cu_seqlens, checking_values
+from momkit.scan import Backend
+from momkit.spec import MoMSpec, SpecFile
+from momkit.state import MoMState
+from momkit.tasks.base import IGNORE
+
+
+class BackboneSpec(SpecFile):
+    """Everything that defines a language model but its vocabulary, which is the task's.
+
+    block: a MoMSpec; its `hidden_size` may be left out, and is then the model's.
+    mlp_ratio: width of the SwiGLU MLP over hidden_size; 0 leaves the MLP out.
+    attention_layers: indices of the layers that are causal softmax attention instead of a MoM block.
+    aux_loss_scale: weight of the load-balance loss, averaged over layers, in the training loss.
+    """
+
+    schema_version: Literal[1] = 1
+    hidden_size: PositiveInt
+    num_layers: PositiveInt = 2
+    block: MoMSpec
+    mlp_ratio: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.0
+    attention_layers: tuple[int, ...] = ()
+    attention_heads: PositiveInt = 4
+    tie_embeddings: bool = True
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
+    aux_loss_scale: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.01
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_block(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "hidden_size" in data:
+            block = data.get("block", {})
+            if isinstance(block, dict):
+                return data | {"block": {"hidden_size": data["hidden_size"]} | block}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> "BackboneSpec":
+        if self.block.hidden_size != self.hidden_size:
+            raise ValueError(f"block.hidden_size = {self.block.hidden_size}; allowed: hidden_size = {self.hidden_size}")
+        layers = self.attention_layers
+        if sorted(set(layers)) != list(layers) or (layers and not 0 <= layers[0] <= layers[-1] < self.num_layers):
+            raise ValueError(f"attention_layers = {list(layers)}; allowed: rising indices from 0 to {self.num_layers - 1}")
+        if layers and self.hidden_size % self.attention_heads:
+            raise ValueError(f"attention_heads = {self.attention_heads} does not divide hidden_size = {self.hidden_size}")
+        return self
+
+    def with_vocabulary(self, vocab_size: int) -> "LMSpec":
+        """This model for a vocabulary."""
+        fields = {name: getattr(self, name) for name in BackboneSpec.model_fields}
+        return LMSpec(vocab_size=vocab_size, **fields)
+
+
+class LMSpec(BackboneSpec):
+    """Everything that defines a language model."""
+
+    vocab_size: PositiveInt
+
+    def build(self, backend: Backend = "auto") -> "MoMLM":
+        """The model this spec describes, with fresh weights."""
+        return MoMLM(self, backend=backend)
+
+
+@dataclass
+class LMState:
+    """The state of B sequences, one entry a layer."""
+
+    layers: list[MoMState | KVState]
+
+    def select(self, index: Tensor) -> "LMState":
+        """The sequences `index` `[B']`, repeats allowed: beam search, prefix reuse."""
+        return LMState([layer.select(index) for layer in self.layers])
+
+    def clone(self) -> "LMState":
+        return LMState([layer.clone() for layer in self.layers])
+
+    def detach(self) -> "LMState":
+        """The same values, cut from the graph."""
+        return LMState([layer.detach() for layer in self.layers])
+
+    def nbytes(self) -> int:
+        """Bytes of all layers; constant during decoding unless there are attention layers."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class LMOutput:
+    """hidden_states: as tokens, with an axis D. aux_loss: mean over MoM layers. routings: by layer, None: attention."""
+
+    hidden_states: Tensor
+    state: LMState
+    aux_loss: Tensor
+    routings: tuple[Routing | None, ...]
+
+
+@dataclass(frozen=True)
+class LMLoss:
+    """loss = cross_entropy + aux_loss_scale * aux_loss; cross_entropy is the mean over `num_targets` targets, in nats."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    aux_loss: Tensor
+    num_targets: int
+    routings: tuple[Routing | None, ...]
+
+
+class SwiGLU(nn.Module):
+    """W_down (silu(W_gate x) * W_up x); Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up_proj(x).chunk(2, -1)
+        return cast(Tensor, self.down_proj(nn.functional.silu(gate) * up))
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is a MoM block or attention."""
+
+    def __init__(self, spec: LMSpec, index: int, backend: Backend) -> None:
+        super().__init__()
+        D = spec.hidden_size
+        self.mixer_norm = nn.RMSNorm(D, spec.norm_eps)
+        self.mixer: MoMBlock | CausalAttention
+        if index in spec.attention_layers:
+            self.mixer = CausalAttention(D, spec.attention_heads)
+        else:
+            self.mixer = spec.block.build(index, spec.num_layers, backend)
+        self.mlp: SwiGLU | None = None
+        if spec.mlp_ratio:
+            self.mlp_norm = nn.RMSNorm(D, spec.norm_eps)
+            self.mlp = SwiGLU(D, max(1, round(spec.mlp_ratio * D)))
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def forward(
+        self, x: Tensor, state: MoMState | KVState | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, MoMState | KVState, Routing | None, Tensor | None]:
+        """`x` `[T, D]` packed; returns x, the state, and the routing and its aux_loss where there is one."""
+        normed = self.mixer_norm(x)
+        if isinstance(self.mixer, MoMBlock):
+            out = self.mixer(normed, cast(MoMState | None, state), cu_seqlens=cu_seqlens)
+            return self.finish(x, out.hidden_states), out.state, out.routing, out.aux_loss
+        kv = self.mixer.initial_state(len(cu_seqlens) - 1) if state is None else cast(KVState, state)
+        mixed, kv = self.mixer(normed, kv, cu_seqlens)
+        return self.finish(x, mixed), kv, None, None
+
+    def step(self, x: Tensor, state: MoMState | KVState) -> tuple[Tensor, MoMState | KVState]:
+        """One token of each sequence, `x` `[B, D]`; a MoM layer's state changes in place, attention's is a longer one."""
+        normed = self.mixer_norm(x)
+        if isinstance(self.mixer, MoMBlock):
+            out = self.mixer.step(normed, cast(MoMState, state))
+            return self.finish(x, out.hidden_states), out.state
+        mixed, kv = self.mixer(normed, cast(KVState, state), torch.arange(len(x) + 1, device=x.device))
+        return self.finish(x, mixed), kv
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.dropout(mixed)
+        if self.mlp is not None:
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
+
+
+class MoMLM(nn.Module):
+    """A pre-norm causal language model.
+
+    x = E[tokens];  N times: x += mixer(norm(x)), x += mlp(norm(x));  logits = norm(x) W^T, W = E when tied
+    """
+
+    def __init__(self, spec: LMSpec, *, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.layers = nn.ModuleList(Layer(spec, i, backend) for i in range(spec.num_layers))
+        self.norm = nn.RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.head = None if spec.tie_embeddings else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self, std: float = 0.02) -> None:
+        """Matrices of the model N(0, std^2), those that write to the residual stream / sqrt(2 num_layers).
+
+        What a block learns inside it starts as the block drew it.
+        """
+        for name, module in self.named_modules():
+            leaf = name.rsplit(".", 1)[-1]
+            if leaf in ("out_proj", "down_proj"):
+                nn.init.normal_(cast(Tensor, module.weight), std=std * (2 * self.spec.num_layers) ** -0.5)
+            elif leaf in ("embedding", "head", "qkv_proj", "up_proj"):
+                nn.init.normal_(cast(Tensor, module.weight), std=std)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: LMState | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> LMOutput:
+        """Hidden states after the final norm, and the state behind the last token of each sequence.
+
+        tokens: `[B, T]`, or packed `[T]` with `cu_seqlens` `[B + 1]` (left out: one sequence). mask: `[B, T]`, False at
+        padding, left or right; hidden states are zeros there. state: what to start from; it is never changed.
+        """
+        packed, cu_seqlens = self.pack(tokens, cu_seqlens, mask)
+        before = [None] * len(self.layers) if state is None else state.layers
+        x = self.dropout(self.embedding(packed))
+        after, routings, aux_losses = [], [], []
+        for layer, layer_state in zip(self.layers, before, strict=True):
+            x, layer_state, routing, aux_loss = layer(x, layer_state, cu_seqlens)
+            after.append(layer_state)
+            routings.append(routing)
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+        x = self.norm(x)
+        if mask is not None:
+            x = x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter(mask.bool()[..., None], x)
+        aux = torch.stack(aux_losses).mean() if aux_losses else x.new_zeros(())
+        return LMOutput(x.view(*tokens.shape, self.spec.hidden_size), LMState(after), aux, tuple(routings))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """`[..., D]` -> `[..., V]`."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return nn.functional.linear(hidden_states, weight)
+
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        chunk_tokens: int = 1024,
+    ) -> LMLoss:
+        """Cross entropy of `targets` (as tokens, IGNORE where nothing is asked) plus the load-balance loss.
+
+        Logits exist for `chunk_tokens` asked positions at a time, and are computed again in the backward pass.
+        """
+        out = self(tokens, cu_seqlens=cu_seqlens, mask=mask)
+        hidden, asked = pick_asked(out.hidden_states, targets)
+        total = out.aux_loss.new_zeros(())
+        chunks = list(zip(hidden.split(chunk_tokens), asked.split(chunk_tokens), strict=True))
+        for part, target in chunks:
+            if len(chunks) == 1:
+                total = total + self.cross_entropy_sum(part, target)
+            else:
+                total = total + checkpoint(
+                    self.cross_entropy_sum, part, target, use_reentrant=False, preserve_rng_state=False
+                )
+        cross_entropy = total / max(1, len(asked))
+        loss = cross_entropy + self.spec.aux_loss_scale * out.aux_loss
+        return LMLoss(loss, cross_entropy, out.aux_loss, len(asked), out.routings)
+
+    def cross_entropy_sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(hidden)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return nn.functional.cross_entropy(wide, targets, reduction="sum")
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: LMState) -> Tensor:
+        """Decode one token of each sequence: `[B]` -> logits `[B, V]`; `state` is updated in place."""
+        self.check_tokens(tokens)
+        if tokens.ndim != 1:
+            raise InputError(f"tokens has shape {tuple(tokens.shape)}; allowed: [B]")
+        x = self.dropout(self.embedding(tokens))
+        for i, layer in enumerate(self.layers):
+            x, state.layers[i] = cast(Layer, layer).step(x, state.layers[i])
+        return self.logits(self.norm(x))
+
+    def initial_state(self, batch_size: int) -> LMState:
+        """The state of `batch_size` sequences that have seen nothing."""
+        return LMState([cast(Layer, layer).mixer.initial_state(batch_size) for layer in self.layers])
+
+    def blocks(self) -> list[MoMBlock | None]:
+        """The MoM block of each layer, None where it is attention."""
+        mixers = [cast(Layer, layer).mixer for layer in self.layers]
+        return [mixer if isinstance(mixer, MoMBlock) else None for mixer in mixers]
+
+    def parameter_groups(self, weight_decay: float = 0.1) -> list[dict[str, Any]]:
+        """Two optimizer groups, as a block's."""
+        return parameter_groups(self, weight_decay)
+
+    def pack(self, tokens: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens `[T]` and bounds `[B + 1]`; masked tokens are left out."""
+        self.check_tokens(tokens)
+        if tokens.ndim not in (1, 2):
+            raise InputError(f"tokens has shape {tuple(tokens.shape)}; allowed: [B, T], or packed [T]")
+        if cu_seqlens is not None:
+            if mask is not None:
+                raise InputError("mask can't be given with cu_seqlens: leave padding out of packed tokens")
+            if tokens.ndim == 2 and len(tokens) != 1:
+                raise InputError(f"tokens has B = {len(tokens)} with cu_seqlens; allowed: packed [T], or B = 1")
+            check_cu_seqlens(cu_seqlens, tokens.numel(), tokens.device)
+            return tokens.reshape(-1), cu_seqlens
+        if mask is None:
+            num_sequences, length = (1, len(tokens)) if tokens.ndim == 1 else tokens.shape
+            return tokens.reshape(-1), torch.arange(num_sequences + 1, device=tokens.device) * length
+        if tokens.ndim != 2 or mask.shape != tokens.shape:
+            raise InputError(f"mask has shape {tuple(mask.shape)}, tokens {tuple(tokens.shape)}; allowed: both [B, T]")
+        return tokens[mask.bool()], nn.functional.pad(mask.long().sum(1).cumsum(0), (1, 0))
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Integers of the vocabulary, on the model's device."""
+        if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+            raise InputError(f"tokens must be int32 or int64, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
+        if tokens.device != self.embedding.weight.device:
+            raise InputError(f"tokens is on {tokens.device}, the model on {self.embedding.weight.device}")
+        if tokens.numel() and checking_values(tokens):
+            low, high = (int(x) for x in tokens.aminmax())
+            if low < 0 or high >= self.spec.vocab_size:
+                raise InputError(f"tokens holds {low} to {high}; allowed: 0 to {self.spec.vocab_size - 1}")
+
+
+def pick_asked(hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states `[n, D]` and targets `[n]` of the positions that ask something."""
+    if targets.shape != hidden_states.shape[:-1]:
+        raise InputError(f"targets has shape {tuple(targets.shape)}; allowed: {tuple(hidden_states.shape[:-1])}, as tokens")
+    at = (targets != IGNORE).reshape(-1).nonzero().flatten()
+    return hidden_states.flatten(0, -2).index_select(0, at), targets.reshape(-1).index_select(0, at)

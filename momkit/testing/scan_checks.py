@@ -1,0 +1,318 @@
+"""Checks of a rule on one backend: what `scan` returns, and what it may depend on."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from momkit.mechanisms.base import Inputs, State
+from momkit.scan import ScanOutput, run, scan
+from momkit.testing.drawing import Draw, applies_if, drawn
+from momkit.testing.oracle import step_by_step
+from momkit.testing.poison import poisoned_empty
+from momkit.testing.strategies import ScanCase, bounds, cuts, scan_cases, seeds
+from momkit.testing.subjects import ScanSubject
+from momkit.testing.tolerances import assert_as_good, assert_close, assert_equal
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def run_case(
+    subject: ScanSubject, case: ScanCase, inputs: Inputs | None = None, initial_state: State | None = None
+) -> ScanOutput:
+    """Scan a case on the subject's backend, with its own inputs and state unless others are given."""
+    inputs = case.inputs if inputs is None else inputs
+    state = case.initial_state if initial_state is None else initial_state
+    return scan(case.rule, inputs, case.cu_seqlens, initial_state=state, backend=subject.backend)
+
+
+def assert_same(subject: ScanSubject, actual: Tensor, expected: Tensor, what: str) -> None:
+    """Bitwise where nothing else may matter, to rounding where a matmul may take other rows along."""
+    (assert_equal if subject.exact else assert_close)(actual, expected, f"{subject.id}: {what}")
+
+
+# outputs are [T, ...] in the values' dtype, states [N, ...] in fp32 or float64, in the order of the rule's states
+@drawn()
+def check_shapes_and_dtypes(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, dtypes=DTYPES), "case")
+    out = run_case(subject, case)
+    expected = (case.num_tokens, *(case.sizes[axis] for axis in case.rule.output_axes.split()))
+    assert out.output.shape == expected, f"{subject.id}: output is {tuple(out.output.shape)}, expected {expected}"
+    assert out.output.dtype == case.dtype, f"{subject.id}: output is {out.output.dtype} for {case.dtype} values"
+    shapes = case.rule.state_spec(case.all_sizes)
+    assert list(out.final_state) == list(shapes), f"{subject.id}: final_state has {list(out.final_state)}"
+    for name, shape in shapes.items():
+        state = out.final_state[name]
+        assert state.shape == (len(case.lengths), *shape), f"{subject.id}: {name} is {tuple(state.shape)}"
+        assert state.dtype == case.state_dtype, f"{subject.id}: {name} is {state.dtype}"
+
+
+# outputs and final states are those of the rule's step in float64, as nearly as the same step gets in this dtype
+@drawn()
+def check_matches_reference(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, dtypes=DTYPES, gates=("sampled", "mixed")), "case")
+    assert_true_to_step(subject, case)
+
+
+# gates from 0 to minus infinity and write strengths of 0 and 1 give no NaN where the step has none, and no error
+@drawn()
+def check_extreme_gates(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, dtypes=DTYPES[:2], gates=("mixed", "constant"), min_segments=1), "case")
+    assert_true_to_step(subject, case)
+
+
+def assert_true_to_step(subject: ScanSubject, case: ScanCase) -> None:
+    out = run_case(subject, case)
+    start, sizes = case.start(), case.all_sizes
+    truth, true_state = step_by_step(case.rule, case.inputs, case.lengths, start, sizes, torch.float64)
+    eager, eager_state = step_by_step(case.rule, case.inputs, case.lengths, start, sizes, case.state_dtype)
+    assert_as_good(out.output, eager.to(case.dtype), truth, f"{subject.id}: output")
+    for name, state in true_state.items():
+        assert_as_good(out.final_state[name], eager_state[name], state, f"{subject.id}: final_state[{name!r}]")
+
+
+# changing the future, or on the reference filling it with NaN, leaves the past as it was
+@drawn()
+def check_causal(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, min_segments=1), "case")
+    n = draw(st.integers(0, len(case.lengths) - 1), "segment")
+    cut = case.segment(n).start + draw(st.integers(0, case.lengths[n]), "first changed token")
+    future = torch.arange(case.num_tokens) >= cut
+    before = run_case(subject, case).output[:cut]
+    after = run_case(subject, case, inputs=with_rows(case, future, case.with_seed(case.seed + 7).inputs))
+    assert_same(subject, after.output[:cut], before, f"outputs before token {cut}, after a change from there on")
+    if subject.exact:
+        nan = {name: torch.full_like(x, torch.nan) for name, x in case.inputs.items()}
+        poisoned = run_case(subject, case, inputs=with_rows(case, future, nan))
+        assert_same(subject, poisoned.output[:cut], before, f"outputs before token {cut}, with NaN from there on")
+
+
+def with_rows(case: ScanCase, where: Tensor, other: Inputs) -> Inputs:
+    """The case's inputs with the token rows `where` `[T]` taken from others."""
+    changed = dict(case.inputs)
+    for name in case.token_inputs():
+        x = case.inputs[name]
+        changed[name] = torch.where(where.view(-1, *[1] * (x.ndim - 1)), other[name], x)
+    return changed
+
+
+# a segment sees nothing of another: not its tokens, not its state
+@drawn()
+def check_sequences_independent(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, min_segments=2, with_state=True), "case")
+    n = draw(st.integers(0, len(case.lengths) - 1), "segment that changes")
+    inside = torch.zeros(case.num_tokens, dtype=torch.bool)
+    inside[case.segment(n)] = True
+    before = run_case(subject, case)
+    others = torch.arange(len(case.lengths)) != n
+    for fill in (None, torch.nan) if subject.exact else (None,):
+        new = case.with_seed(case.seed + 7)
+        inputs, state = new.inputs, new.start()
+        if fill is not None:
+            inputs = {name: torch.full_like(x, fill) for name, x in inputs.items()}
+            state = {name: torch.full_like(x, fill) for name, x in state.items()}
+        state = {name: x.clone().index_copy(0, torch.tensor([n]), state[name][n : n + 1]) for name, x in case.start().items()}
+        after = run_case(subject, case, inputs=with_rows(case, inside, inputs), initial_state=state)
+        assert_same(subject, after.output[~inside], before.output[~inside], f"outputs beside segment {n}")
+        for name, tensor in before.final_state.items():
+            assert_same(subject, after.final_state[name][others], tensor[others], f"{name} beside segment {n}")
+
+
+# putting segments in another order puts their results in that order
+@drawn()
+def check_sequence_order_equivariant(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, min_segments=2, with_state=True), "case")
+    order = draw(st.permutations(range(len(case.lengths))), "order")
+    rows = torch.cat([torch.arange(case.num_tokens)[case.segment(n)] for n in order])
+    inputs = {name: x[rows] if name in case.token_inputs() else x for name, x in case.inputs.items()}
+    state = {name: x[list(order)] for name, x in case.start().items()}
+    cu_seqlens = bounds(tuple(case.lengths[n] for n in order))
+    out = run_case(subject, case)
+    moved = scan(case.rule, inputs, cu_seqlens, initial_state=state, backend=subject.backend)
+    assert_same(subject, moved.output, out.output[rows], "outputs of segments in another order")
+    for name, tensor in out.final_state.items():
+        assert_same(subject, moved.final_state[name], tensor[list(order)], f"{name} of segments in another order")
+
+
+# any cut of a sequence, with the state carried over, gives what the whole gives
+@drawn()
+def check_state_passing(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, min_segments=1, max_segments=1), "case")
+    pieces = draw(cuts(case.num_tokens), "lengths of the pieces")
+    whole = run_case(subject, case)
+    state, outputs, start = case.initial_state, [], 0
+    for length in pieces:
+        part = {n: x[start : start + length] if n in case.token_inputs() else x for n, x in case.inputs.items()}
+        out = scan(case.rule, part, initial_state=state, backend=subject.backend)
+        outputs.append(out.output)
+        state, start = out.final_state, start + length
+    assert_close(torch.cat(outputs), whole.output, f"{subject.id}: outputs of the pieces {pieces}")
+    assert state is not None
+    for name, tensor in whole.final_state.items():
+        assert_close(state[name], tensor, f"{subject.id}: {name} after the pieces {pieces}")
+
+
+# decoding one token at a time by the rule's step, heads and all, is the scan of the whole
+@drawn()
+def check_step_matches_scan(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, max_tokens=24, min_segments=1, max_segments=1), "case")
+    whole = run_case(subject, case)
+    state = case.start()
+    for t in range(case.num_tokens):
+        token = {n: x[t : t + 1] if n in case.token_inputs() else x for n, x in case.inputs.items()}
+        out = scan(case.rule, token, initial_state=state, backend=subject.backend)
+        assert_close(out.output[0], whole.output[t], f"{subject.id}: token {t} by itself")
+        state = out.final_state
+    for name, tensor in whole.final_state.items():
+        assert_close(state[name], tensor, f"{subject.id}: {name} after single tokens")
+
+
+# empty segments keep their state bitwise and change nothing else; no token at all, or no segment, is legal
+@drawn()
+def check_empty_segments(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, max_tokens=40, max_segments=3, with_state=True), "case")
+    filled = [n for n in range(len(case.lengths)) if case.lengths[n]]
+    place = draw(st.integers(0, len(case.lengths)), "place of an empty segment")
+    lengths = (*case.lengths[:place], 0, *case.lengths[place:])
+    extra = case.random_state(case.seed + 3, 1)
+    state = {n: torch.cat([x[:place], extra[n], x[place:]]) for n, x in case.start().items()}
+    plain = run_case(subject, case)
+    out = scan(case.rule, case.inputs, bounds(lengths), initial_state=state, backend=subject.backend)
+    assert_same(subject, out.output, plain.output, f"outputs beside an empty segment at {place}")
+    for name, tensor in out.final_state.items():
+        assert_equal(tensor[place], extra[name][0], f"{subject.id}: {name} of an empty segment")
+        for n in range(len(case.lengths)):
+            row = tensor[n + (n >= place)]
+            if n in filled:
+                assert_same(subject, row, plain.final_state[name][n], f"{name} beside an empty segment")
+            else:
+                assert_equal(row, case.start()[name][n], f"{subject.id}: {name} of an empty segment")
+
+
+# rows that no segment covers come out as zeros, and give no gradient
+@drawn()
+def check_uncovered_tail(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, min_segments=1), "case")
+    covered = draw(st.integers(0, len(case.lengths)), "covered segments")
+    cu_seqlens = case.cu_seqlens[: covered + 1]
+    end = int(cu_seqlens[-1])
+    inputs = {name: x.clone().requires_grad_() for name, x in case.inputs.items()}
+    state = {name: x[:covered] for name, x in case.start().items()}
+    with poisoned_empty():
+        out = run(case.rule, inputs, cu_seqlens, initial_state=state, backend=subject.backend)
+        total = out.output.sum() + sum(s.sum() for s in out.final_state.values())
+        if total.requires_grad:
+            total.backward()
+    alone = {n: x[:end] if n in case.token_inputs() else x for n, x in case.inputs.items()}
+    expected = run(case.rule, alone, cu_seqlens, initial_state=state, backend=subject.backend)
+    assert_same(subject, out.output[:end], expected.output, "covered rows")
+    assert_equal(out.output[end:], torch.zeros_like(out.output[end:]), f"{subject.id}: rows in no segment")
+    for name in case.token_inputs():
+        grad = inputs[name].grad
+        tail = torch.zeros_like(inputs[name]) if grad is None else grad
+        assert_equal(tail[end:], torch.zeros_like(tail[end:]), f"{subject.id}: gradient of {name} in no segment")
+
+
+# every element of every result is written: memory that comes uninitialised never shows
+@drawn(0.5)
+def check_writes_every_output(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, dtypes=DTYPES[:2]), "case")
+    clean = results(subject, case)
+    with poisoned_empty():
+        poisoned = results(subject, case)
+    for name, tensor in clean.items():
+        assert_equal(poisoned[name], tensor, f"{subject.id}: {name} from poisoned memory")
+
+
+# the same call gives the same bits
+@drawn(0.5)
+def check_repeatable(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, dtypes=DTYPES), "case")
+    first, second = results(subject, case), results(subject, case)
+    for name, tensor in first.items():
+        assert_equal(second[name], tensor, f"{subject.id}: {name} of a second run")
+
+
+def results(subject: ScanSubject, case: ScanCase) -> dict[str, Tensor]:
+    """Outputs, final states and gradients of a scan, by name."""
+    inputs = {name: x.clone().requires_grad_() for name, x in case.inputs.items()}
+    state = {name: x.clone().requires_grad_() for name, x in case.start().items()}
+    out = run_case(subject, case, inputs=inputs, initial_state=state)
+    total = out.output.double().square().sum() + sum(s.double().square().sum() for s in out.final_state.values())
+    leaves = {**inputs, **{f"initial_state[{name!r}]": x for name, x in state.items()}}
+    found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    grads = {f"gradient of {name}": g for name, g in zip(leaves, found, strict=True)}
+    finals = {f"final_state[{name!r}]": s.detach() for name, s in out.final_state.items()}
+    return {"output": out.output.detach(), **finals, **grads}
+
+
+# state_index picks rows of a larger pool, repeats allowed, and leaves the pool as it is
+@drawn()
+def check_state_index(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, max_tokens=48, min_segments=1, max_segments=4), "case")
+    rows = draw(st.integers(1, 6), "rows of the pool")
+    n = len(case.lengths)
+    index = torch.tensor(draw(st.lists(st.integers(0, rows - 1), min_size=n, max_size=n), "state_index"))
+    pool = case.random_state(case.seed + 3, rows)
+    before = {name: tensor.clone() for name, tensor in pool.items()}
+    picked = run_case(subject, case, initial_state={name: tensor[index] for name, tensor in pool.items()})
+    out = scan(
+        case.rule,
+        case.inputs,
+        case.cu_seqlens,
+        initial_state=pool,
+        state_index=index.int() if case.seed % 2 else index,
+        backend=subject.backend,
+    )
+    assert_same(subject, out.output, picked.output, f"outputs from rows {index.tolist()} of a pool")
+    for name, tensor in picked.final_state.items():
+        assert_same(subject, out.final_state[name], tensor, f"{name} from rows {index.tolist()} of a pool")
+        assert_equal(pool[name], before[name], f"{subject.id}: the pool of {name}")
+
+
+# a scan changes neither inputs nor state, and does not care how they lie in memory
+@drawn(0.5)
+def check_leaves_arguments_alone(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, with_state=True, min_segments=1), "case")
+    plain = run_case(subject, case)
+    inputs = {name: strided(x) for name, x in case.inputs.items()}
+    state = {name: strided(x) for name, x in case.start().items()}
+    out = run_case(subject, case, inputs=inputs, initial_state=state)
+    assert_close(out.output, plain.output, f"{subject.id}: output of strided inputs")
+    for name, tensor in plain.final_state.items():
+        assert_close(out.final_state[name], tensor, f"{subject.id}: {name} of strided inputs")
+        assert_equal(state[name], case.with_seed(case.seed).start()[name], f"{subject.id}: initial_state[{name!r}]")
+    for name, tensor in case.with_seed(case.seed).inputs.items():
+        assert_equal(inputs[name], tensor, f"{subject.id}: {name} after the scan")
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, every second element of a larger tensor."""
+    return torch.stack([x, x + 1], -1)[..., 0]
+
+
+# a constant input may be given a row for each token, as `freeze` does
+@applies_if(lambda subject: any(d.axes.split()[0] != "T" for d in subject.rule.inputs_domain().values()))
+@drawn(0.5)
+def check_constants_may_vary(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, min_segments=1), "case")
+    constants = set(case.inputs) - set(case.token_inputs())
+    wide = {n: x.expand(case.num_tokens, *x.shape) if n in constants else x for n, x in case.inputs.items()}
+    expected, out = run_case(subject, case), run_case(subject, case, inputs=wide)
+    assert_close(out.output, expected.output, f"{subject.id}: output with constants given to each token")
+    for name, tensor in expected.final_state.items():
+        assert_close(out.final_state[name], tensor, f"{subject.id}: {name} with constants given to each token")
+
+
+# slots that only read leave no trace in outputs beside them or in the state, on every backend
+@drawn()
+def check_frozen_tokens_leave_no_trace(subject: ScanSubject, draw: Draw) -> None:
+    case = draw(scan_cases(subject, min_segments=1), "case")
+    generator = torch.Generator().manual_seed(draw(seeds, "frozen tokens"))
+    where = torch.rand(case.num_tokens, generator=generator) < 0.3
+    frozen = case.rule.freeze(case.inputs, where)
+    start, sizes = case.start(), case.all_sizes
+    out = run_case(subject, case, inputs=frozen)
+    truth, final = step_by_step(case.rule, frozen, case.lengths, start, sizes, torch.float64)
+    assert_close(out.output, truth, f"{subject.id}: outputs with frozen tokens")
+    for name, tensor in final.items():
+        assert_close(out.final_state[name], tensor, f"{subject.id}: {name} with frozen tokens")

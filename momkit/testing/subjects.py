@@ -1,0 +1,236 @@
+"""What checks are run on: a rule, a rule on one backend, a block, a router, the dispatch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+
+from momkit.block import MoMBlock
+from momkit.errors import BackendError, InputError
+from momkit.mechanisms.base import Context, Mechanism, MechanismSpec, Sizes
+from momkit.registry import registry, temporarily
+from momkit.routing.base import Router, RouterContext, RouterSpec
+from momkit.scan import BACKENDS, Backend, choose_backend
+from momkit.spec import MoMSpec
+
+HIDDEN_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that keeps promises; `id` is what stands before a check's name."""
+
+    name: str
+    kind: ClassVar[str]
+
+    @property
+    def id(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class RuleSubject(Subject):
+    """A rule by itself: its spec, its docstring, what it declares and prepares."""
+
+    cls: type[Mechanism]
+    spec: MechanismSpec
+    kind = "rule"
+
+    @cached_property
+    def rule(self) -> Mechanism:
+        """The rule without parameters, as `scan` makes it."""
+        return self.cls(self.spec)
+
+    def axes(self) -> set[str]:
+        """Every axis that an input or a state has, but T."""
+        entries = [domain.axes for domain in self.rule.inputs_domain().values()]
+        return {axis for axes in (*entries, *self.rule.state_axes().values()) for axis in axes.split()} - {"T"}
+
+    def fixed_sizes(self) -> Sizes:
+        """Sizes that the spec states."""
+        fields = (("num_heads", "H"), ("head_dim", "K"), ("head_v_dim", "V"))
+        stated = ((axis, getattr(self.spec, field, None)) for field, axis in fields)
+        return {axis: size for axis, size in stated if size is not None}
+
+    def small_spec(self) -> MechanismSpec:
+        """The spec with two small heads, K != V where the rule has both, wherever it leaves sizes open."""
+        small: dict[str, Any] = {"num_heads": 2, "head_dim": 4}
+        if "V" in self.axes():
+            small["head_v_dim"] = 6
+        given = self.spec.model_dump()
+        open_fields = {name: size for name, size in small.items() if name in given and given[name] is None}
+        return type(self.spec).model_validate(given | open_fields)
+
+    def module(self, seed: int, hidden_size: int = HIDDEN_SIZE, num_layers: int = 1) -> Mechanism:
+        """The rule as a layer has it, with parameters away from special values such as zero."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            rule = self.cls(self.small_spec(), Context(hidden_size, seed % num_layers, num_layers))
+            disturb(rule)
+        return rule
+
+
+@dataclass(frozen=True)
+class ScanSubject(RuleSubject):
+    """A rule on one backend."""
+
+    backend: Backend
+    kind = "scan"
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.backend}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether results must not depend, by a single bit, on what else is computed beside them."""
+        return self.backend == "reference"
+
+
+@dataclass(frozen=True)
+class RouterSubject(Subject):
+    """A router by itself."""
+
+    cls: type[Router]
+    spec: RouterSpec
+    kind = "router"
+
+    def module(self, seed: int, num_memories: int, hidden_size: int = HIDDEN_SIZE) -> Router:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            router = self.cls(self.spec, RouterContext(hidden_size, num_memories))
+            disturb(router)
+        return router
+
+    def legal_memories(self) -> list[int]:
+        """Numbers of memories that the router's spec can serve, few and small."""
+        return [m for m in (1, 2, 3, 4, 5, 8, 16) if serves(self.spec, m)][:4]
+
+
+@dataclass(frozen=True)
+class BlockSubject(Subject):
+    """A block around one rule (with the default router) or one router (with the default rule)."""
+
+    about: RuleSubject | RouterSubject
+    kind = "block"
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-block"
+
+    def spec(self, num_memories: int, shared_memory: bool, conv_size: int | None) -> MoMSpec:
+        """A small block; for a rule, a routing that chooses at most two memories."""
+        settings: dict[str, Any] = {"hidden_size": HIDDEN_SIZE, "num_memories": num_memories}
+        settings |= {"shared_memory": shared_memory, "conv_size": conv_size}
+        if isinstance(self.about, RouterSubject):
+            settings |= {"router": self.about.spec, "mechanism": SMALL_RULE}
+        else:
+            settings |= {"router": {"kind": "softmax_topk", "top_k": min(2, num_memories)}}
+            settings |= {"mechanism": self.about.small_spec()}
+        return MoMSpec.model_validate(settings)
+
+    def legal_memories(self) -> list[int]:
+        return self.about.legal_memories() if isinstance(self.about, RouterSubject) else [4, 1, 2, 3]
+
+    def build(self, spec: MoMSpec, seed: int) -> MoMBlock:
+        """A float64 block with parameters away from special values, in evaluation."""
+        with torch.random.fork_rng(devices=[]), registered(self.about.cls):
+            torch.manual_seed(seed)
+            block = spec.build()
+            disturb(block)
+        return block.double().eval()
+
+
+@dataclass(frozen=True)
+class DispatchSubject(Subject):
+    """The library's own steps around a scan; nothing of a plugin."""
+
+    name: str = "dispatch"
+    kind = "dispatch"
+
+
+SMALL_RULE = {"kind": "gated_deltanet", "num_heads": 2, "head_dim": 4, "head_v_dim": 6}
+
+
+def serves(spec: RouterSpec, num_memories: int) -> bool:
+    try:
+        spec.check(num_memories)
+    except ValueError:
+        return False
+    return True
+
+
+@torch.no_grad()
+def disturb(module: nn.Module) -> None:
+    """Move every parameter a little, so that none is zero or equal to another by its initialisation."""
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+@contextmanager
+def registered(cls: type) -> Iterator[None]:
+    """Make a class known for the length of a block, if it isn't."""
+    base = "mechanism" if issubclass(cls, Mechanism) else "router"
+    known = registry().classes[base].get(cls.name) is cls  # type: ignore[attr-defined]
+    with nullcontext() if known else temporarily(cls):
+        yield
+
+
+def backends_for(rule: Mechanism) -> list[Backend]:
+    """Every backend that can run a rule here."""
+    able: list[Backend] = []
+    for backend in cast(dict[Backend, object], BACKENDS):
+        try:
+            choose_backend(rule, backend)
+        except BackendError:
+            continue
+        able.append(backend)
+    return able
+
+
+def subjects_of_rule(cls: type[Mechanism], spec: MechanismSpec, backend: Backend | None = None) -> list[Subject]:
+    """A rule, the rule on every backend (or one), and a block around it."""
+    rule = RuleSubject(cls.name, cls, spec)
+    able = backends_for(rule.rule)
+    if backend is not None:
+        choose_backend(rule.rule, backend)
+        able = [backend]
+    return [rule, *(ScanSubject(cls.name, cls, spec, b) for b in able), BlockSubject(cls.name, rule)]
+
+
+def subjects_of_router(cls: type[Router], spec: RouterSpec) -> list[Subject]:
+    """A router, and a block around it."""
+    router = RouterSubject(cls.name, cls, spec)
+    return [router, BlockSubject(cls.name, router)]
+
+
+Target = str | MechanismSpec | RouterSpec | type[Mechanism] | type[Router]
+
+
+def subjects_of(target: Target, backend: Backend | None = None) -> list[Subject]:
+    """Everything to check for a registered name, a spec or a class, which need not be registered."""
+    if target == DispatchSubject().name:
+        return [DispatchSubject()]
+    if isinstance(target, type) and issubclass(target, Mechanism):
+        return subjects_of_rule(target, target.Spec(), backend)  # type: ignore[call-arg]
+    if isinstance(target, type) and issubclass(target, Router):
+        return subjects_of_router(target, target.Spec())  # type: ignore[call-arg]
+    if isinstance(target, MechanismSpec):
+        return subjects_of_rule(registry().find("mechanism", target.kind), target, backend)
+    if isinstance(target, RouterSpec):
+        return subjects_of_router(registry().find("router", target.kind), target)
+    if isinstance(target, str):
+        if target in registry().names("router"):
+            return subjects_of(registry().find("router", target))
+        return subjects_of(registry().find("mechanism", target), backend)
+    raise InputError(f"{target!r} can't be checked; allowed: a registered name, a spec, a Mechanism or Router class")
+
+
+def everything(backend: Backend | None = None) -> list[Subject]:
+    """The dispatch, every registered router, every registered rule."""
+    names = [DispatchSubject().name, *registry().names("router"), *registry().names("mechanism")]
+    return [subject for name in names for subject in subjects_of(name, backend)]

@@ -1,0 +1,49 @@
+"""How close is close: one table, by dtype.
+
+A rule's error against the float64 step is at most FACTOR times the error of the same step in the same dtype, plus a
+floor. Errors are the largest of a tensor, relative to its largest value where that is above one.
+"""
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+FLOOR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """The largest difference, relative to the largest true value where that is above one; NaN counts as infinite."""
+    if truth.numel() == 0:
+        return 0.0
+    truth = truth.detach().double()
+    difference = (actual.detach().double() - truth).abs().nan_to_num(nan=torch.inf)
+    return float(difference.max()) / max(1.0, float(truth.abs().max()))
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+    """Two results of the same work, equal but for rounding in `dtype`."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    wrong = error(actual, expected)
+    floor = FLOOR[dtype or actual.dtype]
+    assert wrong <= floor, f"{what}: error {wrong:.3g}, allowed {floor:.3g}{where_worst(actual, expected)}"
+
+
+def assert_equal(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Equal by every bit that matters."""
+    assert torch.equal(actual, expected), f"{what}: not equal bitwise{where_worst(actual, expected)}"
+
+
+def assert_as_good(actual: Tensor, eager: Tensor, truth: Tensor, what: str) -> None:
+    """The rule of this module: `eager` is the step in the dtype of `actual`, `truth` the step in float64."""
+    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    wrong, allowed = error(actual, truth), FACTOR * error(eager, truth) + FLOOR[eager.dtype]
+    assert wrong <= allowed, f"{what}: error {wrong:.3g}, allowed {allowed:.3g}{where_worst(actual, truth)}"
+
+
+def where_worst(actual: Tensor, expected: Tensor) -> str:
+    """The index of the largest difference, for a message."""
+    if actual.shape != expected.shape or actual.numel() == 0:
+        return ""
+    difference = (actual.detach().double() - expected.detach().double()).abs().nan_to_num(nan=torch.inf)
+    index = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+    return f", worst at {list(index)}: {float(actual[index]):.6g} instead of {float(expected[index]):.6g}"
