@@ -93,7 +93,7 @@ def flops_per_token(block: MoMBlock) -> dict[str, int]:
     return {
         "router": count_flops(lambda: block.router.route(x)),
         "projections": 2 * x.numel() * widths,
-        "short_conv": 2 * J * convolved * (project.history_size + 1),
+        "short_conv": 2 * J * convolved * (block.spec.conv_size or 0),
         "rule": J * count_flops(lambda: one_step(block.mechanism, x)),
         "combine": 2 * J * mixed.numel(),
         "output": count_flops(lambda: block.output(mixed, x)),

@@ -15,7 +15,7 @@ from torch import Tensor
 from momkit.checks import check_cu_seqlens, check_inputs, check_state
 from momkit.errors import BackendError, InputError
 from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, Sizes, State
-from momkit.mechanisms.reference import scan_reference as scan_chunked
+from momkit.mechanisms.chunked import scan_chunked
 from momkit.mechanisms.reference import has_time, scan_reference, scan_state_dtype
 from momkit.registry import find_mechanism
 

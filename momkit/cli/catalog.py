@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from momkit.cli.console import JsonFlag, emit, stdout, table
+from momkit.cli.console import JsonFlag, emit, print_table, stdout
 from momkit.registry import Registry, registry
 
 PLURALS = {"mechanism": "mechanisms", "router": "routers", "task": "tasks"}
@@ -34,9 +34,7 @@ def list_command(as_json: JsonFlag = False) -> None:
         return
     console = stdout()
     for plural in PLURALS.values():
-        rows = table(plural, "name", "owner", "summary", "paper")
-        for row in document[plural]:
-            rows.add_row(*row.values())
-        console.print(rows, "")
+        rows = (tuple(row.values()) for row in document[plural])
+        print_table(console, plural, ("name", "owner", "summary", "paper"), rows)
     for fault in found.faults():
         console.print(fault)

@@ -2,13 +2,13 @@
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from typer.core import TyperGroup
 
 from momkit.errors import BackendError, CheckpointError, InputError, UnknownNameError
@@ -82,12 +82,15 @@ def emit(document: Any) -> None:
 
 def stdout() -> Console:
     """Where a report for people goes; nothing in it is read as markup, since shapes stand in brackets."""
-    return Console(markup=False, highlight=False, soft_wrap=False)
+    return Console(markup=False, highlight=False)
 
 
-def table(title: str, *columns: str) -> Table:
-    """A table whose first column is never broken."""
-    made = Table(title=Text(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A titled table and an empty line; the first column is never broken."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
-        made.add_column(column, no_wrap=index == 0, overflow="fold")
-    return made
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(title, style="bold")
+    console.print(table, "")

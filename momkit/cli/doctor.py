@@ -11,7 +11,7 @@ import torch
 import typer
 
 from momkit import MoMSpec, __version__
-from momkit.cli.console import JsonFlag, emit, stdout, table
+from momkit.cli.console import JsonFlag, emit, print_table, stdout
 from momkit.plugins import Plugin
 from momkit.registry import registry
 from momkit.scan import BACKENDS
@@ -108,25 +108,23 @@ def doctor(as_json: JsonFlag = False) -> None:
 
 
 def print_report(document: dict[str, Any]) -> None:
+    """The report on a terminal."""
     console = stdout()
-    rows = table("versions", "package", "version")
-    for name, version in document["versions"].items():
-        rows.add_row(name, version or "not installed")
-    console.print(rows, "")
-    rows = table("devices", "device", "description")
-    for device in document["devices"]:
-        rows.add_row(*device.values())
-    console.print(rows, "")
-    rows = table("backends", "backend", "available", "reason")
-    for backend in document["backends"]:
-        rows.add_row(backend["name"], "yes" if backend["available"] else "no", backend["reason"])
-    console.print(rows, "")
-    rows = table("plugins", "plugin", "from", "status", "registers")
-    for plugin in document["plugins"]:
-        counts = [f"{len(names)} {kind}s" for kind, names in plugin["registered"].items() if names]
-        origin = f"{plugin['distribution']} {plugin['version']}"
-        rows.add_row(plugin["name"], origin, plugin["status"], plugin["error"] or ", ".join(counts) or "nothing")
-    console.print(rows, "")
+    versions = ((name, version or "not installed") for name, version in document["versions"].items())
+    print_table(console, "versions", ("package", "version"), versions)
+    print_table(console, "devices", ("device", "description"), ([*d.values()] for d in document["devices"]))
+    backends = ((b["name"], "yes" if b["available"] else "no", b["reason"]) for b in document["backends"])
+    print_table(console, "backends", ("backend", "available", "reason"), backends)
+    plugins = (
+        (p["name"], f"{p['distribution']} {p['version']}", p["status"], p["error"] or registers(p["registered"]))
+        for p in document["plugins"]
+    )
+    print_table(console, "plugins", ("plugin", "from", "status", "registers, or what is wrong"), plugins)
     for problem in document["problems"]:
         console.print(f"broken: {problem}")
     console.print("momkit works" if document["ok"] else "momkit does not work here")
+
+
+def registers(registered: dict[str, list[str]]) -> str:
+    """How many of each kind a plugin brings."""
+    return ", ".join(f"{len(names)} {kind}s" for kind, names in registered.items() if names) or "nothing"

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from momkit.cli.console import stdout, table
+from momkit.cli.console import print_table, stdout
 
 
 def print_name(document: dict[str, Any]) -> None:
@@ -17,23 +17,17 @@ def print_name(document: dict[str, Any]) -> None:
     if document["kind"] == "mechanism":
         print_mechanism(console, document)
     if document["fields"]:
-        rows = table("settings", "field", "default")
-        for name, value in document["fields"].items():
-            rows.add_row(name, "left to the sizes" if value is None else str(value))
-        console.print(rows)
+        fields = ((name, "not set" if value is None else str(value)) for name, value in document["fields"].items())
+        print_table(console, "settings", ("field", "default"), fields)
 
 
 def print_mechanism(console: Console, document: dict[str, Any]) -> None:
     """What only rules have."""
-    rows = table("inputs", "name", "shape", "values")
-    for name, facts in document["inputs"].items():
-        rows.add_row(name, shape(facts["axes"]), values(facts))
-    console.print(rows, "")
-    rows = table("state of a segment, and output", "name", "shape")
-    for name, axes in document["state"].items():
-        rows.add_row(name, shape(axes))
-    rows.add_row("output", shape(document["output"]))
-    console.print(rows, "")
+    inputs = ((name, shape(facts["axes"]), values(facts)) for name, facts in document["inputs"].items())
+    print_table(console, "inputs", ("name", "shape", "values"), inputs)
+    states = document["state"] | {"output": document["output"]}
+    rows = ((name, shape(axes)) for name, axes in states.items())
+    print_table(console, "state of a segment, and output", ("name", "shape"), rows)
     structure = document["structure"] or {"none": "only the step is stated"}
     console.print("structure:", ", ".join(f"{name} {value}" for name, value in structure.items()))
     console.print(f"backend: {document['backend']['backend']}, since {document['backend']['reason']}", "", sep="\n")
@@ -43,20 +37,19 @@ def print_spec(document: dict[str, Any]) -> None:
     """A block's costs and shapes."""
     console = stdout()
     spec = document["spec"]
-    console.print(f"{spec['mechanism']['kind']} block routed by {spec['router']['kind']}", style="bold")
-    rows = table("costs", "", "total", "active for a token")
-    rows.add_row("parameters", *(f"{document['parameters'][part]:,}" for part in ("total", "active")))
-    rows.add_row("bytes of state a sequence", *(f"{document['state_bytes'][part]:,}" for part in ("total", "active")))
-    console.print(rows, "")
-    rows = table("floating point operations a token, forward, an estimate", "part", "operations")
-    for part, flops in document["flops_per_token"].items():
-        rows.add_row(part, f"{flops:,}")
-    console.print(rows, "")
-    for part, title in (("parameters", "parameters"), ("recurrent", "state: memories"), ("conv", "state: convolutions")):
-        rows = table(title, "name", "shape")
-        for name, sizes in document["shapes"][part].items():
-            rows.add_row(name, shape(sizes))
-        console.print(rows, "")
+    console.print(f"{spec['mechanism']['kind']} block routed by {spec['router']['kind']}", "", sep="\n")
+    costs = {"parameters": document["parameters"], "bytes of state a sequence": document["state_bytes"]}
+    rows = ((name, f"{count['total']:,}", f"{count['active']:,}") for name, count in costs.items())
+    print_table(console, "costs", ("", "total", "active for a token"), rows)
+    flops = ((part, f"{number:,}") for part, number in document["flops_per_token"].items())
+    print_table(console, "floating point operations a token, forward, an estimate", ("part", "operations"), flops)
+    for part, title in (
+        ("parameters", "parameters"),
+        ("recurrent", "state: memories"),
+        ("conv", "state: convolutions"),
+    ):
+        shapes = ((name, shape(sizes)) for name, sizes in document["shapes"][part].items())
+        print_table(console, title, ("name", "shape"), shapes)
     for name, choice in document["backends"].items():
         console.print(f"{name}: {choice['backend']}, since {choice['reason']}")
 

@@ -59,8 +59,8 @@ def name_document(name: str, kind: str) -> dict[str, Any]:
     found = registry()
     cls: Any = found.classes[kind][name]
     document = {"kind": kind, "name": name, "owner": found.owners[kind, name], **describe(cls)}
-    document["fields"] = spec_fields(cls.Spec())
-    return document | (mechanism_facts(as_mechanism(name)) if kind == "mechanism" else {})
+    facts = mechanism_facts(as_mechanism(name)) if kind == "mechanism" else {}
+    return document | {"fields": spec_fields(cls.Spec())} | facts
 
 
 def spec_fields(spec: BaseModel) -> dict[str, Any]:

@@ -16,7 +16,9 @@ Kind = Literal["mom", "lm", "train"]
 SPECS: dict[str, type[SpecFile]] = {"mom": MoMSpec, "lm": LMSpec, "train": TrainConfig}
 
 
-def schema(kind: Annotated[Kind, typer.Argument(help="mom: a block, lm: a language model, train: a run.")] = "mom") -> None:
+def schema(
+    kind: Annotated[Kind, typer.Argument(help="mom: a block, lm: a language model, train: a run.")] = "mom",
+) -> None:
     """Print the JSON Schema of a spec file, with every registered rule and router in it."""
     emit(SPECS[kind].model_json_schema())
 

@@ -74,7 +74,7 @@ def segment_decay(g: Tensor, exclusive: bool) -> Tensor:
     later, upto = lower_mask(C, True, g), lower_mask(C, exclusive, g)
     weights = later[:, None, :] * upto.T[:, :, None]  # [s, i, j]
     mask = torch.zeros_like(later).masked_fill(upto == 0, -torch.inf)
-    return torch.addmm(mask.view(-1), g, weights.view(C, C * C)).exp().view(B, C, C)
+    return torch.addmm(mask.flatten(), g, weights.reshape(C, C * C)).exp().view(B, C, C)
 
 
 def key_pairs(gk: Tensor, rows: Sequence[Row], cols: Sequence[Tensor]) -> Pairs:

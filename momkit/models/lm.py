@@ -58,9 +58,13 @@ class BackboneSpec(SpecFile):
             raise ValueError(f"block.hidden_size = {self.block.hidden_size}; allowed: hidden_size = {self.hidden_size}")
         layers = self.attention_layers
         if sorted(set(layers)) != list(layers) or (layers and not 0 <= layers[0] <= layers[-1] < self.num_layers):
-            raise ValueError(f"attention_layers = {list(layers)}; allowed: rising indices from 0 to {self.num_layers - 1}")
+            raise ValueError(
+                f"attention_layers = {list(layers)}; allowed: rising indices from 0 to {self.num_layers - 1}"
+            )
         if layers and self.hidden_size % self.attention_heads:
-            raise ValueError(f"attention_heads = {self.attention_heads} does not divide hidden_size = {self.hidden_size}")
+            raise ValueError(
+                f"attention_heads = {self.attention_heads} does not divide hidden_size = {self.hidden_size}"
+            )
         return self
 
     def with_vocabulary(self, vocab_size: int) -> "LMSpec":
@@ -334,6 +338,8 @@ class MoMLM(nn.Module):
 def pick_asked(hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states `[n, D]` and targets `[n]` of the positions that ask something."""
     if targets.shape != hidden_states.shape[:-1]:
-        raise InputError(f"targets has shape {tuple(targets.shape)}; allowed: {tuple(hidden_states.shape[:-1])}, as tokens")
+        raise InputError(
+            f"targets has shape {tuple(targets.shape)}; allowed: {tuple(hidden_states.shape[:-1])}, as tokens"
+        )
     at = (targets != IGNORE).reshape(-1).nonzero().flatten()
     return hidden_states.flatten(0, -2).index_select(0, at), targets.reshape(-1).index_select(0, at)

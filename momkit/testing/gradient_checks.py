@@ -41,13 +41,13 @@ def oracle_gradients(case: ScanCase, dtype: torch.dtype) -> dict[str, Tensor]:
 @drawn()
 def check_gradients_match_reference(subject: ScanSubject, draw: Draw) -> None:
     dtypes = (torch.float32, torch.float64)
-    assert_true_gradients(subject, draw(scan_cases(subject, dtypes=dtypes, min_segments=1), "case"))
+    assert_true_gradients(subject, draw(scan_cases(subject, dtypes=dtypes), "case"))
 
 
 # the same with gates at their ends: finite, and right
 @drawn(0.5)
 def check_gradients_at_extreme_gates(subject: ScanSubject, draw: Draw) -> None:
-    assert_true_gradients(subject, draw(scan_cases(subject, gates=("mixed", "constant"), min_segments=1), "case"))
+    assert_true_gradients(subject, draw(scan_cases(subject, gates=("mixed", "constant")), "case"))
 
 
 def assert_true_gradients(subject: ScanSubject, case: ScanCase) -> None:
@@ -63,7 +63,7 @@ def assert_true_gradients(subject: ScanSubject, case: ScanCase) -> None:
 # asking for the gradient of one input alone gives what asking for all gives, with or without the final state
 @drawn(0.5)
 def check_gradient_of_one_input(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, max_tokens=40, min_segments=1), "case")
+    case = draw(scan_cases(subject, max_tokens=40), "case")
     chosen = draw(st.sampled_from(sorted(case.inputs)), "input")
     truth, state = leaves_of(case)
     expected, _ = step_by_step(case.rule, truth, case.lengths, state, case.all_sizes, torch.float64)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from momkit.mechanisms.base import Inputs, Mechanism, Sizes, State
+from momkit.mechanisms.base import Affine, Inputs, Mechanism, Sizes, State, Structure
+from momkit.testing.affine import affine_step
 
 
 def is_token_input(axes: str, tensor: Tensor) -> bool:
@@ -43,3 +44,22 @@ def step_by_step(
     packed = torch.stack(outputs) if outputs else torch.zeros((0, *shape), dtype=dtype)
     final = {name: torch.stack(rows) if rows else state[name].to(dtype) for name, rows in finals.items()}
     return packed, final
+
+
+def affine_steps(structure: Structure, inputs: Affine, S: Tensor) -> tuple[Tensor, Tensor]:
+    """The generic affine step over the tokens of one segment: an `AffineScan` for `compose`."""
+    num_tokens, num_heads = inputs.v.shape[:2]
+    by_token: dict[str, Tensor] = {}
+    constant: dict[str, Tensor] = {}
+    for name, axes in {"q": 3, "k": 3, "v": 3, "gk": 3, "gv": 3, "a": 3, "b": 3, "g": 2, "beta": 2, "u": 3}.items():
+        x: Tensor | None = getattr(inputs, name)
+        if x is not None:
+            heads = x.shape[1 if x.ndim == axes else 0]
+            wide = x.repeat_interleave(num_heads // heads, dim=1 if x.ndim == axes else 0)
+            (by_token if x.ndim == axes else constant)[name] = wide
+    outputs, state = [], S[0]
+    for t in range(num_tokens):
+        token = Affine(**{name: x[t] for name, x in by_token.items()}, **constant, scale=inputs.scale)
+        state, output = affine_step(structure, state, token)
+        outputs.append(output)
+    return torch.stack(outputs) if outputs else torch.zeros_like(inputs.v), state[None]

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from momkit.mechanisms.base import Domain, Inputs
 from momkit.spec import MoMSpec
-from momkit.testing.affine import affine_scan
 from momkit.testing.drawing import Draw, applies_if, drawn
-from momkit.testing.oracle import is_token_input, step_by_step, wide_heads
+from momkit.testing.oracle import affine_steps, is_token_input, step_by_step, wide_heads
 from momkit.testing.strategies import ScanCase, scan_cases, seeds
 from momkit.testing.subjects import HIDDEN_SIZE, RuleSubject, registered
 from momkit.testing.tolerances import assert_close, assert_equal
@@ -68,7 +67,7 @@ def assert_in_domain(name: str, x: Tensor, domain: Domain, slack: float) -> None
 # what `sample` draws is legal, and a state fed with it stays bounded
 @drawn()
 def check_sample_is_legal(subject: RuleSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, min_segments=1, max_segments=1, with_state=False), "case")
+    case = draw(scan_cases(subject, max_segments=1, with_state=False), "case")
     for name, domain in subject.rule.inputs_domain().items():
         x = case.inputs[name]
         assert x.shape == tuple(case.all_sizes[axis] for axis in domain.axes.split()), f"{name} is {tuple(x.shape)}"
@@ -132,7 +131,7 @@ def check_finish_keeps_shape(subject: RuleSubject, draw: Draw) -> None:
 
 def frozen_case(subject: RuleSubject, draw: Draw) -> tuple[ScanCase, Tensor]:
     case = draw(
-        scan_cases(subject, gates=("mixed", "sampled", "constant"), max_tokens=16, min_segments=1, max_segments=1), "case"
+        scan_cases(subject, gates=("mixed", "sampled", "constant"), max_tokens=16, max_segments=1), "case"
     )
     generator = torch.Generator().manual_seed(case.seed)
     return case, torch.rand(case.num_tokens, generator=generator) < 0.5
@@ -186,11 +185,11 @@ def check_freeze_still_reads(subject: RuleSubject, draw: Draw) -> None:
 @drawn()
 def check_structure_is_the_step(subject: RuleSubject, draw: Draw) -> None:
     case = draw(
-        scan_cases(subject, gates=("sampled", "mixed"), max_tokens=20, min_segments=1, max_segments=1), "case"
+        scan_cases(subject, gates=("sampled", "mixed"), max_tokens=20, max_segments=1), "case"
     )
     state, sizes = case.start(), case.all_sizes
     truth, true_final = step_by_step(case.rule, case.inputs, case.lengths, state, sizes, torch.float64)
-    output, final = subject.rule.compose(case.inputs, state, affine_scan)
+    output, final = subject.rule.compose(case.inputs, state, affine_steps)
     assert list(final) == list(state), f"{subject.name}: compose returns the states {list(final)}"
     assert_close(output, truth, f"{subject.name}: the output that its structure describes")
     for name, tensor in true_final.items():

@@ -56,7 +56,7 @@ def check_matches_reference(subject: ScanSubject, draw: Draw) -> None:
 # gates from 0 to minus infinity and write strengths of 0 and 1 give no NaN where the step has none, and no error
 @drawn()
 def check_extreme_gates(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, dtypes=DTYPES[:2], gates=("mixed", "constant"), min_segments=1), "case")
+    case = draw(scan_cases(subject, dtypes=DTYPES[:2], gates=("mixed", "constant")), "case")
     assert_true_to_step(subject, case)
 
 
@@ -73,7 +73,7 @@ def assert_true_to_step(subject: ScanSubject, case: ScanCase) -> None:
 # changing the future, or on the reference filling it with NaN, leaves the past as it was
 @drawn()
 def check_causal(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, min_segments=1), "case")
+    case = draw(scan_cases(subject), "case")
     n = draw(st.integers(0, len(case.lengths) - 1), "segment")
     cut = case.segment(n).start + draw(st.integers(0, case.lengths[n]), "first changed token")
     future = torch.arange(case.num_tokens) >= cut
@@ -136,7 +136,7 @@ def check_sequence_order_equivariant(subject: ScanSubject, draw: Draw) -> None:
 # any cut of a sequence, with the state carried over, gives what the whole gives
 @drawn()
 def check_state_passing(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, min_segments=1, max_segments=1), "case")
+    case = draw(scan_cases(subject, max_segments=1), "case")
     pieces = draw(cuts(case.num_tokens), "lengths of the pieces")
     whole = run_case(subject, case)
     state, outputs, start = case.initial_state, [], 0
@@ -154,7 +154,7 @@ def check_state_passing(subject: ScanSubject, draw: Draw) -> None:
 # decoding one token at a time by the rule's step, heads and all, is the scan of the whole
 @drawn()
 def check_step_matches_scan(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, max_tokens=24, min_segments=1, max_segments=1), "case")
+    case = draw(scan_cases(subject, max_tokens=24, max_segments=1), "case")
     whole = run_case(subject, case)
     state = case.start()
     for t in range(case.num_tokens):
@@ -169,7 +169,7 @@ def check_step_matches_scan(subject: ScanSubject, draw: Draw) -> None:
 # empty segments keep their state bitwise and change nothing else; no token at all, or no segment, is legal
 @drawn()
 def check_empty_segments(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, max_tokens=40, max_segments=3, with_state=True), "case")
+    case = draw(scan_cases(subject, max_tokens=40, min_segments=0, max_segments=3, with_state=True), "case")
     filled = [n for n in range(len(case.lengths)) if case.lengths[n]]
     place = draw(st.integers(0, len(case.lengths)), "place of an empty segment")
     lengths = (*case.lengths[:place], 0, *case.lengths[place:])
@@ -191,7 +191,7 @@ def check_empty_segments(subject: ScanSubject, draw: Draw) -> None:
 # rows that no segment covers come out as zeros, and give no gradient
 @drawn()
 def check_uncovered_tail(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, min_segments=1), "case")
+    case = draw(scan_cases(subject), "case")
     covered = draw(st.integers(0, len(case.lengths)), "covered segments")
     cu_seqlens = case.cu_seqlens[: covered + 1]
     end = int(cu_seqlens[-1])
@@ -248,7 +248,7 @@ def results(subject: ScanSubject, case: ScanCase) -> dict[str, Tensor]:
 # state_index picks rows of a larger pool, repeats allowed, and leaves the pool as it is
 @drawn()
 def check_state_index(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, max_tokens=48, min_segments=1, max_segments=4), "case")
+    case = draw(scan_cases(subject, max_tokens=48, max_segments=4), "case")
     rows = draw(st.integers(1, 6), "rows of the pool")
     n = len(case.lengths)
     index = torch.tensor(draw(st.lists(st.integers(0, rows - 1), min_size=n, max_size=n), "state_index"))
@@ -272,7 +272,7 @@ def check_state_index(subject: ScanSubject, draw: Draw) -> None:
 # a scan changes neither inputs nor state, and does not care how they lie in memory
 @drawn(0.5)
 def check_leaves_arguments_alone(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, with_state=True, min_segments=1), "case")
+    case = draw(scan_cases(subject, with_state=True), "case")
     plain = run_case(subject, case)
     inputs = {name: strided(x) for name, x in case.inputs.items()}
     state = {name: strided(x) for name, x in case.start().items()}
@@ -294,7 +294,7 @@ def strided(x: Tensor) -> Tensor:
 @applies_if(lambda subject: any(d.axes.split()[0] != "T" for d in subject.rule.inputs_domain().values()))
 @drawn(0.5)
 def check_constants_may_vary(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, min_segments=1), "case")
+    case = draw(scan_cases(subject), "case")
     constants = set(case.inputs) - set(case.token_inputs())
     wide = {n: x.expand(case.num_tokens, *x.shape) if n in constants else x for n, x in case.inputs.items()}
     expected, out = run_case(subject, case), run_case(subject, case, inputs=wide)
@@ -306,7 +306,7 @@ def check_constants_may_vary(subject: ScanSubject, draw: Draw) -> None:
 # slots that only read leave no trace in outputs beside them or in the state, on every backend
 @drawn()
 def check_frozen_tokens_leave_no_trace(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, min_segments=1), "case")
+    case = draw(scan_cases(subject), "case")
     generator = torch.Generator().manual_seed(draw(seeds, "frozen tokens"))
     where = torch.rand(case.num_tokens, generator=generator) < 0.3
     frozen = case.rule.freeze(case.inputs, where)

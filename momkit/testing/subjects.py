@@ -131,7 +131,8 @@ class BlockSubject(Subject):
         else:
             settings |= {"router": {"kind": "softmax_topk", "top_k": min(2, num_memories)}}
             settings |= {"mechanism": self.about.small_spec()}
-        return MoMSpec.model_validate(settings)
+        with registered(self.about.cls):
+            return MoMSpec.model_validate(settings)
 
     def legal_memories(self) -> list[int]:
         return self.about.legal_memories() if isinstance(self.about, RouterSubject) else [4, 1, 2, 3]

@@ -61,9 +61,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: its weights are not those of its spec: {lines}") from fault
 
 
-def save_checkpoint(
-    path: Path, model: MoMLM, config: TrainConfig, step: int, tensors: Mapping[str, Tensor]
-) -> None:
+def save_checkpoint(path: Path, model: MoMLM, config: TrainConfig, step: int, tensors: Mapping[str, Tensor]) -> None:
     """Write a checkpoint under a temporary name, then move it into place: whatever happens, `path` is whole."""
     everything = {f"model.{name}": tensor for name, tensor in model.state_dict().items()} | dict(tensors)
     everything = {name: tensor.detach().contiguous() for name, tensor in everything.items()}
@@ -92,7 +90,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is no checkpoint of momkit: its format is {about.get('format')!r}, not {FORMAT!r}")
+                raise CheckpointError(
+                    f"{path} is no checkpoint of momkit: its format is {about.get('format')!r}, not {FORMAT!r}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except (SafetensorError, OSError, ValueError) as fault:
         if isinstance(fault, CheckpointError):
@@ -135,7 +135,11 @@ def known() -> set[str]:
 
 def owners(spec: LMSpec, config: TrainConfig) -> dict[str, str]:
     """Who owns the mechanism, router and task of a run, with the version."""
-    used: list[tuple[str, Any]] = [("mechanism", spec.block.mechanism), ("router", spec.block.router), ("task", config.task)]
+    used: list[tuple[str, Any]] = [
+        ("mechanism", spec.block.mechanism),
+        ("router", spec.block.router),
+        ("task", config.task),
+    ]
     found = {}
     for kind, part in used:
         owner = registry().owners[kind, part.kind]

@@ -26,7 +26,9 @@ class Codec:
         try:
             return [int(word) for word in prompt.split()]
         except ValueError as fault:
-            raise InputError(f"prompt = {prompt!r}; allowed for {self.task}: numbers of tokens, as in '3 17 4'") from fault
+            raise InputError(
+                f"prompt = {prompt!r}; allowed for {self.task}: numbers of tokens, as in '3 17 4'"
+            ) from fault
 
     def decode(self, token: int) -> str:
         """The text that one more token completes: nothing inside a character of several bytes."""

@@ -43,5 +43,7 @@ def describe(record: Record) -> str:
     if "bits_per_byte" in record:
         parts.append(f"{record['bits_per_byte']:.3f} bits a byte")
     if "by_group" in record:
-        parts.append("(" + ", ".join(f"{group}: {accuracy:.3f}" for group, accuracy in record["by_group"].items()) + ")")
+        parts.append(
+            "(" + ", ".join(f"{group}: {accuracy:.3f}" for group, accuracy in record["by_group"].items()) + ")"
+        )
     return " ".join(parts)
