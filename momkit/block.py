@@ -107,21 +107,20 @@ class MoMBlock(nn.Module):
         passes = [slice(None)] if writes is None else [slice(j, j + 1) for j in range(memory_ids.shape[1])]
         slots, token_slot, seen = [], [], 0
         for columns in passes:
-            plan, rows = make_step_plan(
+            plan = make_step_plan(
                 memory_ids[:, columns], None if writes is None else writes[:, columns], self.num_groups
             )
-            pools = ({n: t.flatten(0, 1) for n, t in part.items()} for part in (state.recurrent, state.conv))
-            recurrent_pool, conv_pool = pools
+            rows = (plan.slot_token, plan.memory)
             output, recurrent, history = self.update(
                 x,
                 plan,
-                {name: pool.index_select(0, rows) for name, pool in recurrent_pool.items()},
-                {name: pool.index_select(0, rows) for name, pool in conv_pool.items()},
+                {name: tensor[rows] for name, tensor in state.recurrent.items()},
+                {name: tensor[rows] for name, tensor in state.conv.items()},
                 "reference",
             )
-            for pool, new in ((recurrent_pool, recurrent), (conv_pool, history)):
-                for name, tensor in pool.items():
-                    tensor.index_copy_(0, rows, new[name].to(tensor.dtype))
+            for part, new in ((state.recurrent, recurrent), (state.conv, history)):
+                for name, tensor in part.items():
+                    tensor[rows] = new[name].to(tensor.dtype)
             slots.append(output)
             token_slot.append(plan.token_slot + seen)
             seen += len(output)
@@ -217,10 +216,8 @@ def batch_first(tensor: Tensor, num_groups: int) -> Tensor:
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay belongs on a parameter: on matrices, unless named a gate's, a bias or a norm, or marked."""
-    leaf = name.rsplit(".", 1)[-1]
-    marked = getattr(parameter, "_no_weight_decay", False)
-    return parameter.ndim >= 2 and not marked and leaf != "A_log" and "bias" not in name and "norm" not in leaf
+    """Whether weight decay belongs on a parameter: on matrices named weights; never on gates, biases and norms."""
+    return parameter.ndim >= 2 and "weight" in name and "norm" not in name
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -29,8 +29,8 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
 class Windows:
     """What a causal convolution of some width sees at each slot: the writing slots of its segment before it.
 
-    Each segment's writing slots stand behind its history in one buffer, with a spare last row for slots that do not
-    enter. rows: `[N, W-1]` buffer rows of the histories. target: `[R]` buffer row of each slot. start: `[R]` first
+    Each segment's writing slots stand behind its history in one buffer, with a spare row after them for slots that do
+    not enter. rows: `[N, W-1]` buffer rows of the histories. target: `[R]` buffer row of each slot. start: `[R]` first
     buffer row of each slot's window. kept: `[N, W-1]` buffer rows of the new histories. covered: `[R]`.
     """
 
@@ -73,7 +73,8 @@ def short_conv(
     Returns y `[R, C]` and the new history.
     """
     channels, past = x.shape[1], weight.shape[1] - 1
-    buffer = x.new_zeros(windows.rows.numel() + len(x) + 1, channels)
+    # a spare row, and enough of them for one window where there is neither segment nor slot
+    buffer = x.new_zeros(windows.rows.numel() + len(x) + max(1, past), channels)
     buffer = buffer.index_copy(0, windows.rows.flatten(), history.to(x.dtype).reshape(-1, channels))
     buffer = buffer.index_copy(0, windows.target, x)
     y = x * weight[:, past]

@@ -98,7 +98,9 @@ def load_plugin(
     token = LOADING.set(entry.name)
     try:
         if entry.dist is not None:
-            plugin.distribution, plugin.version = entry.dist.name, entry.dist.version
+            # a folder without its METADATA has neither
+            plugin.distribution = entry.dist.name or "unknown"
+            plugin.version = entry.dist.version or "unknown"
         if entry.name in taken:
             # its owner's name would be another's, and withdrawing the one would withdraw the other
             raise PluginError(f"the entry point {entry.name!r} of {plugin.distribution} is already taken; rename it")

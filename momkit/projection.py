@@ -14,7 +14,7 @@ class Projections(nn.Module):
     """Linear, short convolution, activation and l2 norm, in this order, as the mechanism's projections ask.
 
     shared_weight: `[out, D]`, applied once a token. memory_weight: `[M(+1), out, D]`, one grouped product of all
-    per-memory projections. conv: name -> `[width, W]`, shared by all memories.
+    per-memory projections. conv_weight: name -> `[width, W]`, shared by all memories.
     """
 
     def __init__(
@@ -34,7 +34,9 @@ class Projections(nn.Module):
             {p.name: nn.Parameter(torch.zeros(1 if p.shared else num_groups, p.width)) for p in projections if p.bias}
         )
         self.width = conv_size or 1
-        self.conv = nn.ParameterDict({p.name: uniform(self.width**-0.5, p.width, self.width) for p in self.convolved})
+        self.conv_weight = nn.ParameterDict(
+            {p.name: uniform(self.width**-0.5, p.width, self.width) for p in self.convolved}
+        )
         self.conv_bias = nn.ParameterDict(
             {p.name: nn.Parameter(torch.zeros(p.width)) for p in self.convolved if p.conv_bias}
         )
@@ -53,7 +55,7 @@ class Projections(nn.Module):
         new_history: Inputs = {}
         if self.convolved:
             windows = Windows.of(plan.cu_seqlens, plan.segment, plan.writes, self.width)
-            for name, weight in self.conv.items():
+            for name, weight in self.conv_weight.items():
                 bias = self.conv_bias.get(name)
                 parts[name], new_history[name] = short_conv(parts[name], weight, bias, history[name], windows)
         projected: Inputs = {}
@@ -64,7 +66,7 @@ class Projections(nn.Module):
 
     def empty_history(self, n: int) -> Inputs:
         """The history of n segments that have seen nothing."""
-        return {name: weight.new_zeros(n, self.width - 1, len(weight)) for name, weight in self.conv.items()}
+        return {name: weight.new_zeros(n, self.width - 1, len(weight)) for name, weight in self.conv_weight.items()}
 
 
 def uniform(bound: float, *shape: int) -> nn.Parameter:

@@ -94,7 +94,9 @@ def run(
             name: torch.zeros((len(cu_seqlens) - 1, *shape), dtype=dtype, device=value.device)
             for name, shape in shapes.items()
         }
-    output, final_state = BACKENDS[choice.backend](mechanism, inputs, cu_seqlens, initial_state, sizes)
+    # a scan keeps its state in float32 or float64, whatever autocast says
+    with torch.autocast(cu_seqlens.device.type, enabled=False):
+        output, final_state = BACKENDS[choice.backend](mechanism, inputs, cu_seqlens, initial_state, sizes)
     return ScanOutput(output, final_state)
 
 

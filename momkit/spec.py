@@ -1,10 +1,21 @@
 """The typed description of a MoM block, from which it is built."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, SerializeAsAny, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PositiveInt,
+    SerializeAsAny,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from momkit.errors import InputError
 from momkit.mechanisms.base import MechanismSpec
@@ -33,25 +44,29 @@ def parse_part(kind: str, value: Any) -> Any:
     raise ValueError(f"{kind} must be a name, a dict or a spec, got {type(value).__name__}")
 
 
-def part_schema(kind: str) -> dict[str, Any]:
-    """JSON Schema of everything registered of a kind: a name, or the fields of one."""
-    classes: list[Any] = [registry().classes[kind][name] for name in registry().names(kind)]
-    specs = [cls.Spec.model_json_schema() for cls in classes]
-    for spec in specs:
-        spec["required"] = ["kind"]
-    return {"anyOf": [{"enum": registry().names(kind)}, *specs]}
+@dataclass(frozen=True)
+class Registered:
+    """Annotation of a field that holds the spec of something registered: how it is parsed, and its JSON Schema."""
+
+    kind: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(
+            lambda value: parse_part(self.kind, value), handler(source)
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """A name, or the fields of any one that is registered."""
+        classes: list[Any] = [registry().classes[self.kind][name] for name in registry().names(self.kind)]
+        parts = [handler(cls.Spec.__pydantic_core_schema__) | {"required": ["kind"]} for cls in classes]
+        return {
+            "anyOf": [{"enum": registry().names(self.kind)}, *parts],
+            "description": f"name, or {{kind: name, ...}}, of a registered {self.kind}",
+        }
 
 
-MechanismField = Annotated[
-    SerializeAsAny[MechanismSpec],
-    BeforeValidator(lambda value: parse_part("mechanism", value)),
-    Field(description="name, or {kind: name, ...}, of a registered mechanism"),
-]
-RouterField = Annotated[
-    SerializeAsAny[RouterSpec],
-    BeforeValidator(lambda value: parse_part("router", value)),
-    Field(description="name, or {kind: name, ...}, of a registered router"),
-]
+MechanismField = Annotated[SerializeAsAny[MechanismSpec], Registered("mechanism")]
+RouterField = Annotated[SerializeAsAny[RouterSpec], Registered("router")]
 
 
 class SpecFile(BaseModel):
@@ -100,19 +115,6 @@ class MoMSpec(SpecFile):
         from momkit.block import MoMBlock  # the one upward import: a spec builds its owner
 
         return MoMBlock(self, layer_index=layer_index, num_layers=num_layers, backend=backend)
-
-    @classmethod
-    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """JSON Schema, with every registered mechanism and router spelled out."""
-        schema = super().model_json_schema(*args, **kwargs)
-        for kind in ("mechanism", "router"):
-            if kind in schema["properties"]:
-                schema["properties"][kind].pop("$ref", None)
-                schema["properties"][kind].pop("allOf", None)
-                schema["properties"][kind].update(part_schema(kind))
-        schema.get("$defs", {}).pop("MechanismSpec", None)
-        schema.get("$defs", {}).pop("RouterSpec", None)
-        return schema
 
 
 def load_spec(path: str | Path) -> MoMSpec:

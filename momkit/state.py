@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from momkit.errors import InputError
+
 
 @dataclass
 class MoMState:
@@ -35,7 +37,7 @@ class MoMState:
     def reorder(self, index: Tensor) -> None:
         """Replace, in place, each sequence by sequence `index` `[B]`."""
         if index.shape != (self.batch_size,):
-            raise ValueError(f"index has shape {tuple(index.shape)}; allowed: [B] = [{self.batch_size}]")
+            raise InputError(f"index has shape {tuple(index.shape)}; allowed: [B] = [{self.batch_size}]")
         for tensor in (*self.recurrent.values(), *self.conv.values()):
             tensor.copy_(tensor.index_select(0, index))
 
@@ -48,6 +50,10 @@ class MoMState:
 
     def reset(self, where: Tensor, initial: "MoMState") -> None:
         """Set, in place, the sequences `where` `[B]` bool back to `initial`, as from `block.initial_state(B)`."""
+        if where.dtype != torch.bool or where.shape != (self.batch_size,):
+            raise InputError(
+                f"where is {where.dtype} of shape {tuple(where.shape)}; allowed: bool, [B] = [{self.batch_size}]"
+            )
         for mine, fresh in ((self.recurrent, initial.recurrent), (self.conv, initial.conv)):
             for name, tensor in mine.items():
                 picked = where.view(-1, *[1] * (tensor.ndim - 1))

@@ -1,4 +1,4 @@
-"""The default block against the paper's layer, written out once more in numpy: one token, one memory, one head at a time.
+"""The default block against the paper's layer, written out once more in numpy, one head at a time.
 
 Nothing of the library is used by `PaperLayer` but the values of a block's weights.
 """
@@ -55,8 +55,10 @@ class PaperLayer:
         self.k_dim = len(self.q) // self.heads
         key, value = self.heads * self.k_dim, self.heads * self.v_dim
         # rows of a memory's projections: keys, values, write strengths, decay inputs
-        self.k, self.v, self.b, self.a = np.split(w["project.memory_weight"], [key, key + value, key + value + self.heads], 1)
-        self.conv = {name: w[f"project.conv.{name}"] for name in "qkv"} if spec.conv_size else {}
+        self.k, self.v, self.b, self.a = np.split(
+            w["project.memory_weight"], [key, key + value, key + value + self.heads], 1
+        )
+        self.conv = {name: w[f"project.conv_weight.{name}"] for name in "qkv"} if spec.conv_size else {}
 
     def fresh(self) -> list[Memory]:
         """Memories of one sequence before its first token, the shared one last."""

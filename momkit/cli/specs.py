@@ -8,7 +8,7 @@ import yaml
 
 from momkit.cli.console import USER_FAULTS, JsonFlag, emit, one_line
 from momkit.errors import InputError
-from momkit.models.lm import LMSpec
+from momkit.models.spec import LMSpec
 from momkit.spec import MoMSpec, SpecFile
 from momkit.training.config import TrainConfig
 

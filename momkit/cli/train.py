@@ -8,17 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from momkit.cli.console import JsonFlag, emit, stdout, table
-from momkit.training import demo as demo_module
+from momkit.cli.console import JsonFlag, emit, print_table, stdout
 from momkit.training.config import load_config
+from momkit.training.demo import run_demo
+from momkit.training.demo_report import findings, table
+from momkit.training.demo_result import load_demo
 from momkit.training.folder import RunFolder
 from momkit.training.generate import Codec
 from momkit.training.generate import generate as generate_tokens
-from momkit.training.loop import DivergedError, TrainResult
+from momkit.training.loop import TrainResult
 from momkit.training.loop import train as train_run
 from momkit.training.plots import require_matplotlib
 from momkit.training.progress import describe, show_progress
 from momkit.training.report import draw_run
+from momkit.training.trainer import DivergedError
 
 INTERRUPTED = 130
 
@@ -87,7 +90,8 @@ def generate(
     checkpoint = RunFolder(run).load()
     model = checkpoint.build(device)
     codec = Codec(checkpoint.config.task.kind)
-    start, tokens, text = time.perf_counter(), [], prompt
+    tokens: list[int] = []
+    start, text = time.perf_counter(), prompt
     stream = generate_tokens(model, codec.encode(prompt), max_tokens, temperature=temperature, top_k=top_k, seed=seed)
     for token in stream:
         if not tokens and not as_json:
@@ -113,11 +117,11 @@ def demo(
     as_json: JsonFlag = False,
 ) -> None:
     """Train one memory, one large memory and MoM on recall, then a language model of bytes; write one report."""
-    settings = demo_module.load_demo(config)
+    settings = load_demo(config)
     path = out or free_folder(Path("runs/demo"))
     console = Console(stderr=True)
     try:
-        result = demo_module.run_demo(settings, path, seeds, lambda title, steps: show_progress(console, title, steps))
+        result = run_demo(settings, path, seeds, lambda title, steps: show_progress(console, title, steps))
     except DivergedError as fault:
         typer.echo(f"momkit: {fault}", err=True)
         raise typer.Exit(1) from None
@@ -127,12 +131,9 @@ def demo(
         emit(result.as_record())
         return
     report = stdout()
-    head, rows = demo_module.table(result)
-    shown = table("Recall of held-out sequences by number of pairs", *head)
-    for row in rows:
-        shown.add_row(*row)
-    report.print(shown)
-    for line in demo_module.findings(result):
+    head, rows = table(result)
+    print_table(report, "recall of held-out sequences by number of pairs", head, rows)
+    for line in findings(result):
         report.print(line)
     report.print(f"\nbytes: {result.text.bits_per_byte:.3f} bits a byte held out; a sample:\n\n{result.text.sample}\n")
     report.print(f"report: {path / 'report.md'}")

@@ -3,7 +3,6 @@
 Both are autograd functions of their own, because their gradients are shorter than what autograd would record.
 """
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,12 +25,12 @@ class UnitLowerInverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        return -torch.bmm(inverse.mT, torch.bmm(grad, inverse.mT)).tril(-1)
+        return torch.bmm(inverse.mT, torch.bmm(grad, inverse.mT)).tril(-1).neg()
 
 
 def unit_lower_inverse(A: Tensor) -> Tensor:
     """(I + strictly lower part of A)^-1, `[B, C, C]`."""
-    inverse: Tensor = UnitLowerInverse.apply(A)
+    inverse: Tensor = UnitLowerInverse.apply(A)  # type: ignore[no-untyped-call]
     return inverse
 
 
@@ -40,7 +39,8 @@ def invert(A: Tensor) -> Tensor:
     C = A.shape[-1]
     if C <= SOLVED:
         eye = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
-        return torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+        solved: Tensor = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+        return solved
     h = C // 2
     first, second = invert(A[:, :h, :h]), invert(A[:, h:, h:])
     inverse = A.new_zeros(A.shape)
@@ -64,47 +64,57 @@ class Carry(torch.autograd.Function):
         W: Tensor | None,
         B: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        S = S.clone()
         starts = S.new_empty(len(whole), *S.shape[1:])
         E = None if U is None else torch.empty_like(U)
-        for rows in spans(counts):
-            lanes = S[: rows.stop - rows.start]
-            starts[rows] = lanes
-            if U is not None:
-                torch.baddbmm(U[rows], W[rows], lanes, alpha=-1, out=E[rows])
-            lanes.mul_(whole[rows])
-            if write is not None:
-                lanes.add_(write[rows])
-            if B is not None:
-                lanes.baddbmm_(B[rows].mT, E[rows])
+        Us, Ws, Bs, Es, writes = (split(x, counts) for x in (U, W, B, E, write))
+        states, wholes = starts.split(counts), whole.split(counts)
+        retired: list[Tensor] = []
+        states[0].copy_(S)
+        for t, alive in enumerate([*counts[1:], 0]):
+            after = states[t + 1] if alive == counts[t] else torch.empty_like(states[t])
+            torch.mul(states[t], wholes[t], out=after)
+            if writes:
+                after.add_(writes[t])
+            if Us:
+                torch.baddbmm(Us[t], Ws[t], states[t], alpha=-1, out=Es[t])
+                after.baddbmm_(Bs[t].mT, Es[t])
+            if alive < counts[t]:
+                retired.append(after[alive:])
+            if 0 < alive < counts[t]:
+                states[t + 1].copy_(after[:alive])
         ctx.save_for_backward(starts, whole, E, W, B)
         ctx.counts = counts
-        return starts, E, S
+        return starts, E, torch.cat(retired[::-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_starts: Tensor, d_E: Tensor | None, d_S: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_starts: Tensor, d_E: Tensor | None, d_final: Tensor) -> tuple[Tensor | None, ...]:
         starts, whole, E, W, B = ctx.saved_tensors
-        d_S = d_S.clone()
+        counts = ctx.counts
         d_next = torch.empty_like(starts)
         d_U = None if E is None else torch.empty_like(E)
-        for rows in reversed(spans(ctx.counts)):
-            lanes = d_S[: rows.stop - rows.start]
-            d_next[rows] = lanes
-            if d_U is not None:
-                torch.baddbmm(d_E[rows], B[rows], lanes, out=d_U[rows])
-            lanes.mul_(whole[rows]).add_(d_starts[rows])
-            if d_U is not None:
-                lanes.baddbmm_(W[rows].mT, d_U[rows], alpha=-1)
-        d_whole = (d_next * starts).sum_to_size(whole.shape) if ctx.needs_input_grad[1] else None
-        d_W, d_B = (None, None) if d_U is None else (-torch.bmm(d_U, starts.mT), torch.bmm(E, d_next.mT))
-        return d_S, d_whole, None, d_next if ctx.needs_input_grad[3] else None, d_U, d_W, d_B
+        Ws, Bs, d_Es, d_Us = (split(x, counts) for x in (W, B, d_E, d_U))
+        d_after, d_start, wholes = d_next.split(counts), d_starts.split(counts), whole.split(counts)
+        # lanes that drop out after a chunk time come in there with the gradient of their final state
+        for at, count, alive in zip(d_after, counts, [*counts[1:], 0], strict=True):
+            at[alive:] = d_final[alive:count]
+        d_S = torch.empty_like(d_final)
+        for t in reversed(range(len(counts))):
+            before = d_after[t - 1][: counts[t]] if t else d_S
+            torch.addcmul(d_start[t], wholes[t], d_after[t], out=before)
+            if d_Us:
+                torch.baddbmm(d_Es[t], Bs[t], d_after[t], out=d_Us[t])
+                before.baddbmm_(Ws[t].mT, d_Us[t], alpha=-1)
+        d_whole = (starts * d_next).sum_to_size(whole.shape) if ctx.needs_input_grad[1] else None
+        d_write = d_next if ctx.needs_input_grad[3] else None
+        if E is None or d_U is None:
+            return d_S, d_whole, None, d_write, None, None, None
+        return d_S, d_whole, None, d_write, d_U, torch.bmm(d_U, starts.mT).neg_(), torch.bmm(E, d_next.mT)
 
 
-def spans(counts: list[int]) -> list[slice]:
-    """The rows of each chunk time."""
-    ends = list(accumulate(counts))
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+def split(x: Tensor | None, counts: list[int]) -> tuple[Tensor, ...]:
+    """The rows of each chunk time, nothing for nothing."""
+    return () if x is None else x.split(counts)
 
 
 def carry(
@@ -114,11 +124,11 @@ def carry(
     write: Tensor | None = None,
     erase: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States from chunk to chunk: S_{t+1} = whole_t S_t + write_t + B_t^T E_t with E_t = U_t - W_t S_t, erase = U, W, B.
+    """States from chunk to chunk, E_t = U_t - W_t S_t and S_{t+1} = whole_t S_t + write_t + B_t^T E_t, erase = U, W, B.
 
-    S `[lanes, K, V]`; the others hold `counts[0]` rows for chunk time 0, then `counts[1]` for time 1, ... as lanes drop
-    out from the end: whole `[rows, K or 1, V or 1]`, write `[rows, K, V]`, U `[rows, C, V]`, W and B `[rows, C, K]`.
-    Returns the state at the start of each chunk `[rows, K, V]`, E `[rows, C, V]` (None without erases), and final states.
+    S `[lanes, K, V]`; the others hold `counts[0]` rows for chunk time 0, then `counts[1]` for time 1, ... as lanes
+    drop out from the end: whole `[rows, K or 1, V or 1]`, write `[rows, K, V]`, U `[rows, C, V]`, W, B `[rows, C, K]`.
+    Returns the state at the start of each chunk `[rows, K, V]`, E `[rows, C, V]` (None without erases), final states.
     """
-    starts, E, final = Carry.apply(S, whole, counts, write, *erase)
+    starts, E, final = Carry.apply(S, whole, counts, write, *erase)  # type: ignore[no-untyped-call]
     return starts, E, final

@@ -91,15 +91,15 @@ def key_pairs(gk: Tensor, rows: Sequence[Row], cols: Sequence[Tensor]) -> Pairs:
     b = 1
     while b < C:
         halves = (B, C // (2 * b), 2, b, K)
-        first, second = total.view(B, C // (2 * b), 2, 1, K).split(1, 2)
-        for i, x in enumerate(xs):
-            for j, y in enumerate(ys):
-                cross = torch.bmm(x.view(halves)[:, :, 1].flatten(0, 1), y.view(halves)[:, :, 0].flatten(0, 1).mT)
-                between[i][j] = join(between[i][j], cross.view(B, -1, b, b))
-        since = torch.cat([torch.ones_like(first), first], 2)
-        until = torch.cat([second, torch.ones_like(second)], 2)
-        xs = [(x.view(halves) * since).view(B, C, K) for x in xs]
-        ys = [(y.view(halves) * until).view(B, C, K) for y in ys]
+        first, second = total.view(B, C // (2 * b), 2, 1, K).unbind(2)
+        x_halves = [x.view(halves).unbind(2) for x in xs]
+        y_halves = [y.view(halves).unbind(2) for y in ys]
+        between = [
+            [join(blocks, products(x, y)) for blocks, (y, _) in zip(row, y_halves, strict=True)]
+            for row, (_, x) in zip(between, x_halves, strict=True)
+        ]
+        xs = [torch.stack([x1, x2 * first], 2).view(B, C, K) for x1, x2 in x_halves]
+        ys = [torch.stack([y1 * second, y2], 2).view(B, C, K) for y1, y2 in y_halves]
         total = first * second
         b *= 2
     return Pairs([[p.view(B, C, C) for p in row] for row in between], xs, ys, total.view(B, K, 1))
@@ -109,6 +109,13 @@ def diagonal(row: Row, y: Tensor) -> Tensor:
     """The pairs of each token with itself, as blocks of one token `[B, C, 1, 1]`."""
     products = torch.zeros_like(y[..., 0]) if row.exclusive else (row.x * y).sum(-1)
     return products[..., None, None]
+
+
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """x_i . y_j, `[..., b, K]` twice -> `[..., b, b]`; matrix products of a row or two cost more than they save."""
+    if x.shape[-2] <= 2:
+        return (x[..., :, None, :] * y[..., None, :, :]).sum(-1)
+    return torch.matmul(x, y.mT)
 
 
 def join(blocks: Tensor, cross: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ class RWKV7(Mechanism):
 
     def make_parameters(self) -> None:
         H, K = self.sizes["H"], self.sizes["K"]
-        self.decay_up = nn.Parameter(low_rank_up(self.sizes["decay_low_rank"], H * K))
-        self.gate_up = nn.Parameter(low_rank_up(self.sizes["gate_low_rank"], H * K))
+        self.decay_weight = nn.Parameter(low_rank_up(self.sizes["decay_low_rank"], H * K))
+        self.gate_weight = nn.Parameter(low_rank_up(self.sizes["gate_low_rank"], H * K))
         self.decay_bias = nn.Parameter(decay_ramp(H * K, depth(self.context)).view(H, K))
         self.gate_bias = nn.Parameter(torch.zeros(H, K))
         self.k_k = nn.Parameter(torch.full((H, K), 0.85))
@@ -77,8 +77,8 @@ class RWKV7(Mechanism):
 
     def prepare(self, projected: Inputs) -> Inputs:
         q, k, v, decay, gate = take(projected, "q k v decay gate")
-        decay = expand_low_rank(decay, self.decay_up, self.decay_bias)
-        rate = expand_low_rank(gate, self.gate_up, self.gate_bias).sigmoid()
+        decay = expand_low_rank(decay, self.decay_weight, self.decay_bias)
+        rate = expand_low_rank(gate, self.gate_weight, self.gate_bias).sigmoid()
         kappa = nn.functional.normalize(gate_dtype(k) * self.k_k, dim=-1)
         return {
             "q": q,

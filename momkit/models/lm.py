@@ -4,83 +4,22 @@ Letters: B sequences, T packed tokens, D hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from momkit.block import MoMBlock, parameter_groups
-from momkit.errors import InputError
-from momkit.models.attention import CausalAttention, KVState
-from momkit.routing.base import Routing
 from momkit.checks import check_cu_seqlens, checking_values
+from momkit.errors import InputError
+from momkit.models.attention import KVState
+from momkit.models.layer import Layer
+from momkit.models.spec import LMSpec
+from momkit.routing.base import Routing
 from momkit.scan import Backend
-from momkit.spec import MoMSpec, SpecFile
 from momkit.state import MoMState
 from momkit.tasks.base import IGNORE
-
-
-class BackboneSpec(SpecFile):
-    """Everything that defines a language model but its vocabulary, which is the task's.
-
-    block: a MoMSpec; its `hidden_size` may be left out, and is then the model's.
-    mlp_ratio: width of the SwiGLU MLP over hidden_size; 0 leaves the MLP out.
-    attention_layers: indices of the layers that are causal softmax attention instead of a MoM block.
-    aux_loss_scale: weight of the load-balance loss, averaged over layers, in the training loss.
-    """
-
-    schema_version: Literal[1] = 1
-    hidden_size: PositiveInt
-    num_layers: PositiveInt = 2
-    block: MoMSpec
-    mlp_ratio: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.0
-    attention_layers: tuple[int, ...] = ()
-    attention_heads: PositiveInt = 4
-    tie_embeddings: bool = True
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-6
-    aux_loss_scale: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] = 0.01
-
-    @model_validator(mode="before")
-    @classmethod
-    def _size_block(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "hidden_size" in data:
-            block = data.get("block", {})
-            if isinstance(block, dict):
-                return data | {"block": {"hidden_size": data["hidden_size"]} | block}
-        return data
-
-    @model_validator(mode="after")
-    def _check(self) -> "BackboneSpec":
-        if self.block.hidden_size != self.hidden_size:
-            raise ValueError(f"block.hidden_size = {self.block.hidden_size}; allowed: hidden_size = {self.hidden_size}")
-        layers = self.attention_layers
-        if sorted(set(layers)) != list(layers) or (layers and not 0 <= layers[0] <= layers[-1] < self.num_layers):
-            raise ValueError(
-                f"attention_layers = {list(layers)}; allowed: rising indices from 0 to {self.num_layers - 1}"
-            )
-        if layers and self.hidden_size % self.attention_heads:
-            raise ValueError(
-                f"attention_heads = {self.attention_heads} does not divide hidden_size = {self.hidden_size}"
-            )
-        return self
-
-    def with_vocabulary(self, vocab_size: int) -> "LMSpec":
-        """This model for a vocabulary."""
-        fields = {name: getattr(self, name) for name in BackboneSpec.model_fields}
-        return LMSpec(vocab_size=vocab_size, **fields)
-
-
-class LMSpec(BackboneSpec):
-    """Everything that defines a language model."""
-
-    vocab_size: PositiveInt
-
-    def build(self, backend: Backend = "auto") -> "MoMLM":
-        """The model this spec describes, with fresh weights."""
-        return MoMLM(self, backend=backend)
 
 
 @dataclass
@@ -117,72 +56,13 @@ class LMOutput:
 
 @dataclass(frozen=True)
 class LMLoss:
-    """loss = cross_entropy + aux_loss_scale * aux_loss; cross_entropy is the mean over `num_targets` targets, in nats."""
+    """loss = cross_entropy + aux_loss_scale * aux_loss; cross_entropy is the mean over the targets, in nats."""
 
     loss: Tensor
     cross_entropy: Tensor
     aux_loss: Tensor
     num_targets: int
     routings: tuple[Routing | None, ...]
-
-
-class SwiGLU(nn.Module):
-    """W_down (silu(W_gate x) * W_up x); Shazeer 2020, arXiv 2002.05202."""
-
-    def __init__(self, hidden_size: int, width: int) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up_proj(x).chunk(2, -1)
-        return cast(Tensor, self.down_proj(nn.functional.silu(gate) * up))
-
-
-class Layer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is a MoM block or attention."""
-
-    def __init__(self, spec: LMSpec, index: int, backend: Backend) -> None:
-        super().__init__()
-        D = spec.hidden_size
-        self.mixer_norm = nn.RMSNorm(D, spec.norm_eps)
-        self.mixer: MoMBlock | CausalAttention
-        if index in spec.attention_layers:
-            self.mixer = CausalAttention(D, spec.attention_heads)
-        else:
-            self.mixer = spec.block.build(index, spec.num_layers, backend)
-        self.mlp: SwiGLU | None = None
-        if spec.mlp_ratio:
-            self.mlp_norm = nn.RMSNorm(D, spec.norm_eps)
-            self.mlp = SwiGLU(D, max(1, round(spec.mlp_ratio * D)))
-        self.dropout = nn.Dropout(spec.dropout)
-
-    def forward(
-        self, x: Tensor, state: MoMState | KVState | None, cu_seqlens: Tensor
-    ) -> tuple[Tensor, MoMState | KVState, Routing | None, Tensor | None]:
-        """`x` `[T, D]` packed; returns x, the state, and the routing and its aux_loss where there is one."""
-        normed = self.mixer_norm(x)
-        if isinstance(self.mixer, MoMBlock):
-            out = self.mixer(normed, cast(MoMState | None, state), cu_seqlens=cu_seqlens)
-            return self.finish(x, out.hidden_states), out.state, out.routing, out.aux_loss
-        kv = self.mixer.initial_state(len(cu_seqlens) - 1) if state is None else cast(KVState, state)
-        mixed, kv = self.mixer(normed, kv, cu_seqlens)
-        return self.finish(x, mixed), kv, None, None
-
-    def step(self, x: Tensor, state: MoMState | KVState) -> tuple[Tensor, MoMState | KVState]:
-        """One token of each sequence, `x` `[B, D]`; a MoM layer's state changes in place, attention's is a longer one."""
-        normed = self.mixer_norm(x)
-        if isinstance(self.mixer, MoMBlock):
-            out = self.mixer.step(normed, cast(MoMState, state))
-            return self.finish(x, out.hidden_states), out.state
-        mixed, kv = self.mixer(normed, cast(KVState, state), torch.arange(len(x) + 1, device=x.device))
-        return self.finish(x, mixed), kv
-
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + self.dropout(mixed)
-        if self.mlp is not None:
-            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x
 
 
 class MoMLM(nn.Module):

@@ -79,20 +79,19 @@ def make_plan(
     )
 
 
-def make_step_plan(memory_ids: Tensor, writes: Tensor | None, num_groups: int) -> tuple[DispatchPlan, Tensor]:
+def make_step_plan(memory_ids: Tensor, writes: Tensor | None, num_groups: int) -> DispatchPlan:
     """The plan of one decoding step: every slot is a segment of its own, of one token.
 
     memory_ids, writes: `[B, J]` choices of one token of each sequence, no memory twice. num_groups: memories with the
-    shared one. Returns the plan and, for each slot, its row `[R]` in a pool `[B * num_groups, ...]` of states.
+    shared one. A slot's state is row (slot_token, memory) of a `[B, num_groups, ...]` pool.
     """
     num_sequences, J = memory_ids.shape
     memory, order = torch.sort(memory_ids.reshape(-1), stable=True)
     token_slot = torch.empty_like(order)
     slots = torch.arange(num_sequences * J, device=order.device)
     token_slot[order] = slots
-    slot_token = order // max(1, J)
-    plan = DispatchPlan(
-        slot_token=slot_token,
+    return DispatchPlan(
+        slot_token=order // max(1, J),
         token_slot=token_slot.view(num_sequences, J),
         cu_seqlens=torch.arange(num_sequences * J + 1, device=order.device),
         segment=slots,
@@ -100,4 +99,3 @@ def make_step_plan(memory_ids: Tensor, writes: Tensor | None, num_groups: int) -
         memory_offsets=torch.searchsorted(memory, torch.arange(num_groups + 1, device=order.device)),
         writes=None if writes is None else writes.reshape(-1)[order],
     )
-    return plan, slot_token * num_groups + memory

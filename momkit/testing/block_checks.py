@@ -10,6 +10,7 @@ from momkit.spec import MoMSpec
 from momkit.testing.blocks import BlockCase, block_cases, hidden_states, is_noisy, scripted_case
 from momkit.testing.by_hand import block_by_hand, memory_by_hand
 from momkit.testing.drawing import Draw, applies_if, drawn
+from momkit.testing.oracle import gradients_of
 from momkit.testing.poison import poisoned_empty
 from momkit.testing.strategies import bounds, masks, seeds
 from momkit.testing.subjects import HIDDEN_SIZE, BlockSubject, RuleSubject, registered
@@ -31,15 +32,18 @@ def check_definition(subject: BlockSubject, draw: Draw) -> None:
         weight = case.random(case.seed + 5, *y.shape)
         total = (y * weight).sum() + sum(s.square().sum() for s in state.values())
         leaves = {"x": x, **dict(case.block.named_parameters())}
-        grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-        gradients = {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True)}
+        gradients = {f"gradient of {name}": g for name, g in gradients_of(total, leaves).items()}
         results.append({"hidden_states": y, **{f"state {n}": s for n, s in state.items()}, **gradients})
     for name, expected in results[1].items():
         assert_close(results[0][name], expected, f"{subject.id}: {name}, against the definition")
 
 
+def is_about_a_rule(subject: BlockSubject) -> bool:
+    return isinstance(subject.about, RuleSubject)
+
+
 # one memory that takes every token is the bare rule
-@applies_if(lambda subject: isinstance(subject.about, RuleSubject))
+@applies_if(is_about_a_rule)
 @drawn(0.5)
 def check_one_memory_is_the_bare_rule(subject: BlockSubject, draw: Draw) -> None:
     drawn_case = draw(block_cases(subject, max_tokens=30, max_sequences=1), "case")
@@ -120,7 +124,7 @@ def check_mask(subject: BlockSubject, draw: Draw) -> None:
     for part in ("recurrent", "conv"):
         for name, tensor in getattr(kept.state, part).items():
             assert_close(getattr(out.state, part)[name], tensor, f"{subject.id}: {part} {name} beside masked tokens")
-    (grad,) = torch.autograd.grad(out.hidden_states.square().sum() + out.aux_loss, x)
+    grad = gradients_of(out.hidden_states.square().sum() + out.aux_loss, {"x": x})["x"]
     assert not grad[~mask].any(), f"{subject.id}: a masked token gets a gradient"
 
 
@@ -167,8 +171,7 @@ def forward_and_backward(case: BlockCase) -> dict[str, Tensor]:
     out = case.block(x, cu_seqlens=case.cu_seqlens)
     total = out.hidden_states.square().sum() + out.aux_loss
     leaves = {"x": x, **dict(case.block.named_parameters())}
-    found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    grads = {f"gradient of {name}": g for name, g in zip(leaves, found, strict=True)}
+    grads = {f"gradient of {name}": g for name, g in gradients_of(total, leaves).items()}
     states = {f"state {n}": s.detach() for n, s in {**out.state.recurrent, **out.state.conv}.items()}
     return {"hidden_states": out.hidden_states.detach(), **states, **grads}
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from momkit.block import MoMBlock
+from momkit.block import MoMBlock, MoMOutput
 from momkit.routing.base import Router, RouterContext, RouterSpec, Routing
 from momkit.testing.drawing import Draw
 from momkit.testing.strategies import bounds, ragged, routings, seeds
@@ -111,9 +111,7 @@ def scripted(case: BlockCase, routing: Routing) -> Scripted:
 def reordered(routing: Routing, order: Tensor) -> Routing:
     """The same choices, for tokens in another order."""
     writes = None if routing.writes is None else routing.writes[order]
-    return Routing(
-        routing.weights[order], routing.memory_ids[order], writes, routing.aux_loss, routing.logits[order]
-    )
+    return Routing(routing.weights[order], routing.memory_ids[order], writes, routing.aux_loss, routing.logits[order])
 
 
 def is_noisy(block: MoMBlock) -> bool:
@@ -130,4 +128,5 @@ def hidden_states(case: BlockCase, x: Tensor) -> Tensor:
     """Forward of packed tokens, any noise of the router drawn anew from the case's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.seed)
-        return case.block(x, cu_seqlens=case.cu_seqlens).hidden_states
+        out: MoMOutput = case.block(x, cu_seqlens=case.cu_seqlens)
+        return out.hidden_states

@@ -25,7 +25,7 @@ def weight_of(block: MoMBlock, p: Projection, memory: int) -> Tensor:
 
 def conv_by_hand(block: MoMBlock, p: Projection, x: Tensor, writes: list[bool]) -> Tensor:
     """Each row sees itself and the last rows before it that write."""
-    weight = block.project.conv[p.name]
+    weight = block.project.conv_weight[p.name]
     past = [x.new_zeros(p.width)] * (weight.shape[1] - 1)
     rows = []
     for row, enters in zip(x, writes, strict=True):
@@ -88,14 +88,10 @@ def block_by_hand(block: MoMBlock, x: Tensor, lengths: tuple[int, ...], routing:
     return block.out_proj(o.flatten(1)), {n: torch.stack(rows).unflatten(0, shape) for n, rows in finals.items()}
 
 
-def choices_of(
-    block: MoMBlock, routing: Routing, memory: int, tokens: range
-) -> list[tuple[int, Tensor | float, bool]]:
+def choices_of(block: MoMBlock, routing: Routing, memory: int, tokens: range) -> list[tuple[int, Tensor | float, bool]]:
     """(token, weight, writes) of every slot of one memory, in the order of time."""
     if memory == block.spec.num_memories:
         return [(t, 1.0, True) for t in tokens]
     ids = routing.memory_ids.tolist()
     writes = routing.writes.tolist() if routing.writes is not None else [[True] * len(row) for row in ids]
-    return [
-        (t, routing.weights[t, j], writes[t][j]) for t in tokens for j in range(len(ids[t])) if ids[t][j] == memory
-    ]
+    return [(t, routing.weights[t, j], writes[t][j]) for t in tokens for j in range(len(ids[t])) if ids[t][j] == memory]

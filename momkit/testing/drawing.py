@@ -47,7 +47,7 @@ def drawn(share: float = 1.0) -> Callable[[Callable[[S, Draw], None]], Callable[
                 raise
 
         # functools.wraps would show the wrapped signature, from which pytest and readers would expect a `draw`
-        del check.__wrapped__  # type: ignore[attr-defined]
+        del check.__wrapped__
         return check
 
     return decorate

@@ -1,5 +1,7 @@
 """The truth: a rule's own step, token by token, segment by segment, with nothing clever in between."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,11 @@ def affine_steps(structure: Structure, inputs: Affine, S: Tensor) -> tuple[Tenso
         state, output = affine_step(structure, state, token)
         outputs.append(output)
     return torch.stack(outputs) if outputs else torch.zeros_like(inputs.v), state[None]
+
+
+def gradients_of(total: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of a scalar by every leaf, by name; zeros where it does not depend on one."""
+    if not total.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))

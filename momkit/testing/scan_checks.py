@@ -7,7 +7,7 @@ from torch import Tensor
 from momkit.mechanisms.base import Inputs, State
 from momkit.scan import ScanOutput, run, scan
 from momkit.testing.drawing import Draw, applies_if, drawn
-from momkit.testing.oracle import step_by_step
+from momkit.testing.oracle import gradients_of, step_by_step
 from momkit.testing.poison import poisoned_empty
 from momkit.testing.strategies import ScanCase, bounds, cuts, scan_cases, seeds
 from momkit.testing.subjects import ScanSubject
@@ -110,7 +110,9 @@ def check_sequences_independent(subject: ScanSubject, draw: Draw) -> None:
         if fill is not None:
             inputs = {name: torch.full_like(x, fill) for name, x in inputs.items()}
             state = {name: torch.full_like(x, fill) for name, x in state.items()}
-        state = {name: x.clone().index_copy(0, torch.tensor([n]), state[name][n : n + 1]) for name, x in case.start().items()}
+        state = {
+            name: x.clone().index_copy(0, torch.tensor([n]), state[name][n : n + 1]) for name, x in case.start().items()
+        }
         after = run_case(subject, case, inputs=with_rows(case, inside, inputs), initial_state=state)
         assert_same(subject, after.output[~inside], before.output[~inside], f"outputs beside segment {n}")
         for name, tensor in before.final_state.items():
@@ -239,8 +241,7 @@ def results(subject: ScanSubject, case: ScanCase) -> dict[str, Tensor]:
     out = run_case(subject, case, inputs=inputs, initial_state=state)
     total = out.output.double().square().sum() + sum(s.double().square().sum() for s in out.final_state.values())
     leaves = {**inputs, **{f"initial_state[{name!r}]": x for name, x in state.items()}}
-    found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    grads = {f"gradient of {name}": g for name, g in zip(leaves, found, strict=True)}
+    grads = {f"gradient of {name}": g for name, g in gradients_of(total, leaves).items()}
     finals = {f"final_state[{name!r}]": s.detach() for name, s in out.final_state.items()}
     return {"output": out.output.detach(), **finals, **grads}
 
@@ -290,8 +291,12 @@ def strided(x: Tensor) -> Tensor:
     return torch.stack([x, x + 1], -1)[..., 0]
 
 
+def has_constants(subject: ScanSubject) -> bool:
+    return any(domain.axes.split()[0] != "T" for domain in subject.rule.inputs_domain().values())
+
+
 # a constant input may be given a row for each token, as `freeze` does
-@applies_if(lambda subject: any(d.axes.split()[0] != "T" for d in subject.rule.inputs_domain().values()))
+@applies_if(has_constants)
 @drawn(0.5)
 def check_constants_may_vary(subject: ScanSubject, draw: Draw) -> None:
     case = draw(scan_cases(subject), "case")

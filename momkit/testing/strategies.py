@@ -55,8 +55,11 @@ def rule_sizes(draw: st.DrawFn, subject: RuleSubject) -> Sizes:
     fixed = subject.fixed_sizes()
     sizes = {axis: draw(st.sampled_from(AXIS_SIZES)) for axis in sorted(subject.axes() - {"G", "H"})} | fixed
     if {"G", "H"} & subject.axes():
-        sizes["H"] = fixed.get("H") or draw(st.sampled_from((2, 1)))
-        sizes["G"] = draw(st.sampled_from([g for g in (sizes["H"], 1) if sizes["H"] % g == 0]))
+        # four heads of two key heads: the least that tells h // r from h % G
+        heads = [(H, G) for H, G in ((2, 2), (4, 2), (2, 1), (1, 1)) if "G" in subject.axes() or G == H]
+        if "H" in fixed:
+            heads = [(fixed["H"], G) for G in ((1, fixed["H"]) if "G" in subject.axes() else (fixed["H"],))]
+        sizes["H"], sizes["G"] = draw(st.sampled_from(heads))
     return sizes
 
 

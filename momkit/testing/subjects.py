@@ -217,9 +217,9 @@ def subjects_of(target: Target, backend: Backend | None = None) -> list[Subject]
     if target == DispatchSubject().name:
         return [DispatchSubject()]
     if isinstance(target, type) and issubclass(target, Mechanism):
-        return subjects_of_rule(target, target.Spec(), backend)  # type: ignore[call-arg]
+        return subjects_of_rule(target, target.Spec(), backend)
     if isinstance(target, type) and issubclass(target, Router):
-        return subjects_of_router(target, target.Spec())  # type: ignore[call-arg]
+        return subjects_of_router(target, target.Spec())
     if isinstance(target, MechanismSpec):
         return subjects_of_rule(registry().find("mechanism", target.kind), target, backend)
     if isinstance(target, RouterSpec):

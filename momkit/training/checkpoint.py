@@ -11,7 +11,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -21,7 +20,8 @@ from torch import Tensor
 
 import momkit
 from momkit.errors import CheckpointError
-from momkit.models.lm import LMSpec, MoMLM
+from momkit.models.lm import MoMLM
+from momkit.models.spec import LMSpec
 from momkit.registry import registry
 from momkit.training.config import TrainConfig
 
@@ -48,7 +48,7 @@ class Checkpoint:
     def build(self, device: str = "cpu") -> MoMLM:
         """The model with its weights."""
         with torch.random.fork_rng(devices=[]):
-            model = self.spec.build(self.config.backend).to(device)
+            model = MoMLM(self.spec, backend=self.config.backend).to(device)
         self.load_weights(model)
         return model
 
@@ -119,7 +119,7 @@ def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].cpu()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -135,14 +135,11 @@ def known() -> set[str]:
 
 def owners(spec: LMSpec, config: TrainConfig) -> dict[str, str]:
     """Who owns the mechanism, router and task of a run, with the version."""
-    used: list[tuple[str, Any]] = [
-        ("mechanism", spec.block.mechanism),
-        ("router", spec.block.router),
-        ("task", config.task),
-    ]
+    block = spec.block
+    used = {"mechanism": block.mechanism.kind, "router": block.router.kind, "task": config.task.kind}
     found = {}
-    for kind, part in used:
-        owner = registry().owners[kind, part.kind]
+    for kind, name in used.items():
+        owner = registry().owners[kind, name]
         plugin = next((p for p in registry().plugins if p.name == owner), None)
-        found[f"{kind} {part.kind}"] = owner if plugin is None else f"{owner} {plugin.version}"
+        found[f"{kind} {name}"] = owner if plugin is None else f"{owner} {plugin.version}"
     return found

@@ -3,20 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
 
 from momkit.errors import InputError
-from momkit.models.lm import BackboneSpec
+from momkit.models.spec import BackboneSpec
 from momkit.registry import find_task
 from momkit.scan import Backend
-from momkit.spec import SpecFile, parse_part
+from momkit.spec import Registered, SpecFile
 from momkit.tasks.base import Task, TaskSpec
 
-TaskField = Annotated[
-    SerializeAsAny[TaskSpec],
-    BeforeValidator(lambda value: parse_part("task", value)),
-    Field(description="name, or {kind: name, ...}, of a registered task"),
-]
+TaskField = Annotated[SerializeAsAny[TaskSpec], Registered("task")]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

@@ -33,12 +33,10 @@ def plot_loss(records: Sequence[Record], path: Path) -> None:
     axes = figure.subplots()
     steps = [r for r in records if r["kind"] == "step"]
     evaluations = [r for r in records if r["kind"] == "eval"]
-    axes.plot(
-        [r["step"] for r in steps], [r["cross_entropy"] for r in steps], color=COLOURS[0], lw=0.8, label="training"
-    )
-    axes.plot(
-        [r["step"] for r in evaluations], [r["loss"] for r in evaluations], "o", color=COLOURS[1], label="held out"
-    )
+    training = [r["step"] for r in steps], [r["cross_entropy"] for r in steps]
+    held_out = [r["step"] for r in evaluations], [r["loss"] for r in evaluations]
+    axes.plot(*training, color=COLOURS[0], lw=0.8, label="training")
+    axes.plot(*held_out, "o", color=COLOURS[1], label="held out")
     axes.set(xlabel="step", ylabel="cross entropy (nats a target)")
     axes.legend()
     figure.savefig(path, dpi=150)

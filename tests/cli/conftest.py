@@ -10,26 +10,23 @@ from typer.testing import CliRunner
 
 from momkit.cli.main import make_app
 
-MODULES = ("info", "new")
-
 
 @pytest.fixture
 def momkit():
     """Run the command in this process: `momkit("list", "--json")`."""
-    app = make_app(MODULES)
+    app = make_app()
     return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args], prog_name="momkit")
 
 
 @pytest.fixture
 def shell(tmp_path):
     """Run the command in a process of its own, with folders added to its path."""
-    code = f"from momkit.cli.main import make_app; make_app({MODULES})(prog_name='momkit')"
 
     def run(*args, path: tuple[Path, ...] = (), **env: str):
         inherited = {k: v for k, v in os.environ.items() if k != "MOMKIT_PLUGINS"}
         paths = os.pathsep.join([*map(str, path), inherited.get("PYTHONPATH", "")]).strip(os.pathsep)
         return subprocess.run(
-            [sys.executable, "-c", code, *map(str, args)],
+            [sys.executable, "-m", "momkit", *map(str, args)],
             env=inherited | {"PYTHONPATH": paths} | env,
             cwd=tmp_path,
             capture_output=True,

@@ -8,9 +8,11 @@ import pytest
 from momkit import MoMSpec, __version__
 from momkit.accounting import measure
 from momkit.cli import doctor
+from momkit.plugins import Plugin
 from momkit.registry import filled_registry, registry
 
 KINDS = {"mechanism": "mechanisms", "router": "routers", "task": "tasks"}
+COMMANDS = ["doctor", "list", "show", "schema", "validate", "check", "train", "generate", "demo", "bench", "new"]
 NAMES = [(kind, name) for kind in KINDS for name in registry().names(kind)]
 
 
@@ -24,7 +26,7 @@ def test_version_and_help(momkit):
     for args in ((), ("--help",)):
         help_text = momkit(*args)
         assert help_text.exit_code == 0
-        for command in ("doctor", "list", "show", "schema", "validate", "new"):
+        for command in COMMANDS:
             assert command in help_text.stdout
 
 
@@ -239,3 +241,17 @@ def test_a_bug_is_no_user_fault(momkit, monkeypatch):
     monkeypatch.setattr("momkit.cli.catalog.registry", broken)
     result = momkit("list")
     assert result.exit_code == 1 and isinstance(result.exception, ValueError)
+
+
+def test_plugins_and_their_faults_are_shown(momkit, monkeypatch):
+    broken = Plugin("broken", "some-package", "2.0", error="ImportError: no [brackets]")
+    idle = Plugin("idle", "other-package", "3.0", skipped=True)
+    monkeypatch.setattr(registry(), "plugins", [*registry().plugins, broken, idle])
+    found = document(momkit("doctor", "--json"))
+    assert [(p["name"], p["status"]) for p in found["plugins"][-2:]] == [
+        ("broken", "failed"),
+        ("idle", "left out by MOMKIT_PLUGINS"),
+    ]
+    assert document(momkit("list", "--json"))["broken_plugins"] == [{"name": "broken", "error": broken.error}]
+    assert "plugin broken failed: ImportError: no [brackets]" in momkit("list").stdout
+    assert "some-package 2.0" in momkit("doctor").stdout

@@ -5,6 +5,17 @@ import sys
 
 import pytest
 
+TALKER = """
+import momkit
+
+print("hello")
+
+
+@momkit.hookimpl
+def momkit_register_tasks(register):
+    print("hello from the hook")
+"""
+
 
 def write_plugin(folder, name, code):
     (folder / f"{name}.py").write_text(code)
@@ -20,11 +31,7 @@ def plugins(tmp_path):
     folder = tmp_path / "plugins"
     folder.mkdir()
     write_plugin(folder, "quitter", "import sys\nprint('on my way out')\nsys.exit(3)\n")
-    write_plugin(
-        folder,
-        "talker",
-        "import momkit\nprint('hello')\n\n\n@momkit.hookimpl\ndef momkit_register_tasks(register):\n    print('hook')\n",
-    )
+    write_plugin(folder, "talker", TALKER)
     return folder
 
 
@@ -36,24 +43,12 @@ def test_json_is_all_that_stdout_holds(shell, plugins):
     assert len(found["mechanisms"]) >= 15
     assert "hello" in listed.stderr
 
-    checked = shell("doctor", "--json", path=(plugins,))
+
+def test_doctor_names_a_broken_plugin_and_is_content(shell, plugins):
+    checked = shell("doctor", path=(plugins,))
     assert checked.returncode == 0, checked.stderr
-    found = json.loads(checked.stdout)
-    assert {p["name"]: p["status"] for p in found["plugins"]} == {
-        "momkit": "loaded",
-        "quitter": "failed",
-        "talker": "loaded",
-    }
-
-
-def test_reports_for_people_name_a_broken_plugin(shell, plugins):
-    listed = shell("list", path=(plugins,))
-    assert listed.returncode == 0
-    assert "plugin quitter failed: SystemExit: 3" in listed.stdout
-    assert "gated_deltanet" in listed.stdout
-    left_out = shell("doctor", path=(plugins,), MOMKIT_PLUGINS="talker")
-    assert left_out.returncode == 0
-    assert "left out by MOMKIT_PLUGINS" in left_out.stdout and "SystemExit" not in left_out.stdout
+    assert "SystemExit: 3" in checked.stdout
+    assert "momkit works" in checked.stdout
 
 
 def test_a_fault_is_one_line_and_no_traceback(shell):
