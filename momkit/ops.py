@@ -17,12 +17,12 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
     refuses float64 and rows that are no multiple of 16 bytes.
     """
     bounds = offsets.tolist()
-    parts = [
-        nn.functional.linear(x[start:end], weight[m], None if bias is None else bias[m])
-        for m, (start, end) in enumerate(pairwise(bounds))
-    ]
-    parts.append(parts[0].new_zeros(len(x) - bounds[-1], weight.shape[1]))
-    return torch.cat(parts)
+    sizes = [end - start for start, end in pairwise(bounds)]
+    *groups, rest = x.split([*sizes, len(x) - bounds[-1]])  # split, not slices: its backward is one concatenation
+    biases = [None] * len(groups) if bias is None else bias.unbind()
+    linear = nn.functional.linear
+    parts = [linear(rows, W, b) for rows, W, b in zip(groups, weight.unbind(), biases, strict=True)]
+    return torch.cat([*parts, rest.new_zeros(len(rest), weight.shape[1], dtype=parts[0].dtype)])
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def run_demo(config: DemoConfig, out: Path, seeds: int, progress: Progress) -> D
     if result.interrupted:
         return None
     text = measure_text(config, text_folder, result)
-    demo = DemoResult(recall, text, time.perf_counter() - start, hardware(), versions())
+    demo = DemoResult(recall, text, time.perf_counter() - start, hardware(config.recall), versions())
     (out / "results.json").write_text(json.dumps(demo.as_record(), indent=2) + "\n", encoding="utf-8")
     draw(config, demo, out)
     (out / "report.md").write_text("\n".join(report(config, demo)) + "\n", encoding="utf-8")
@@ -108,11 +108,11 @@ def state_bytes(model: MoMLM) -> tuple[int, int, int]:
     return total, active, conv
 
 
-def hardware() -> dict[str, str | int]:
+def hardware(config: TrainConfig) -> dict[str, str | int]:
     """The processor, and how much of it torch may use."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0].split(":", 1)[1].strip() if models else name
-    return {"cpu": name, "cores": os.cpu_count() or 1, "threads": torch.get_num_threads()}
+    return {"cpu": name, "cores": os.cpu_count() or 1, "threads": config.threads or torch.get_num_threads()}
