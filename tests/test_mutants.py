@@ -130,9 +130,17 @@ def final_state_gives_no_gradient(patch):
     with_results(patch, lambda output, final, cu, state: (output, detached(final)))
 
 
-@caught_by("gated_deltanet-chunked-check_gradient_of_one_input")
+@caught_by("gated_deltanet-chunked-check_gradients_match_reference")
 def gate_gets_no_gradient(patch):
     with_inputs(patch, lambda inputs, cu: inputs | {"g": inputs["g"].detach()})
+
+
+@caught_by("gated_deltanet-chunked-check_gradient_of_one_input")
+def gradients_only_for_those_who_ask_for_all(patch):
+    def all_or_none(inputs, cu):
+        return inputs if all(x.requires_grad for x in inputs.values()) else detached(inputs)
+
+    with_inputs(patch, all_or_none)
 
 
 @caught_by("gated_deltanet-chunked-check_state_passing")

@@ -19,7 +19,10 @@ def describe(cls: type) -> dict[str, str]:
 def entry(found: Registry, kind: str, name: str) -> dict[str, str]:
     """One line of the list."""
     text = describe(found.classes[kind][name])
-    return {"name": name, "owner": found.owners[kind, name], "summary": text["summary"], "paper": text["paper"]}
+    # the list has room for the first paper's number; `show` has the whole text
+    number = re.search(r"arXiv \d{4}\.\d{5}", text["paper"])
+    paper = number.group() if number else text["paper"].split(". ")[0]
+    return {"name": name, "owner": found.owners[kind, name], "summary": text["summary"], "paper": paper}
 
 
 def list_command(as_json: JsonFlag = False) -> None:

@@ -4,7 +4,6 @@ Letters: T packed tokens, N segments, H heads, G key heads (H = G * r), K key di
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -252,14 +251,6 @@ class Mechanism(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.sizes}"
-
-    @classmethod
-    def describe(cls) -> dict[str, str]:
-        """Sentence, equation and paper, from the docstring."""
-        paragraphs = re.split(r"\n\s*\n", (cls.__doc__ or "").strip())
-        sentence, equation, paper = [*paragraphs, "", ""][:3]
-        clean = (re.sub(r"\n\s+", "\n", text).strip() for text in (sentence, equation, paper))
-        return dict(zip(("summary", "equation", "paper"), clean, strict=True))
 
 
 def take(tensors: Mapping[str, Tensor], names: str) -> tuple[Tensor, ...]:

@@ -1,7 +1,6 @@
 """The task contract: an endless, seeded stream of batches, and a way to score a model on them."""
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -90,11 +89,3 @@ class Task:
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """A finite, fixed set of held-out batches."""
         raise NotImplementedError(f"{type(self).__name__} must define evaluation(batch_size)")
-
-    @classmethod
-    def describe(cls) -> dict[str, str]:
-        """Sentence, example and source, from the docstring."""
-        paragraphs = re.split(r"\n\s*\n", (cls.__doc__ or "").strip())
-        sentence, example, source = [*paragraphs, "", ""][:3]
-        clean = (re.sub(r"\n\s+", "\n", text).strip() for text in (sentence, example, source))
-        return dict(zip(("summary", "equation", "paper"), clean, strict=True))
