@@ -11,7 +11,7 @@ from momkit import scan
 from momkit.mechanisms.base import Inputs, Mechanism, State
 from momkit.registry import find_mechanism
 from momkit.testing.strategies import ScanCase, bounds
-from momkit.testing.subjects import backends_for
+from momkit.testing.targets import backends_for
 from momkit.testing.tolerances import assert_close
 
 SIZES = {"H": 2, "G": 2, "K": 4, "V": 4}

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def check(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Rules and routers to check; dispatch for what lies around them.")
+        list[str] | None,
+        typer.Argument(
+            help="Rules and routers, with options as in 'gla(num_heads=3)'; dispatch for what lies around them."
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Check everything registered.")] = False,
     only: Annotated[str, typer.Option(help="Only checks whose id contains this.")] = "",

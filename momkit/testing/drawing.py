@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 import hypothesis
 from hypothesis import strategies as st
 
-from momkit.testing.profiles import current_profile, seed_for
+from momkit.testing.profiles import current_profile, profile_name, seed_for
 from momkit.testing.subjects import Subject
 
 S = TypeVar("S", bound=Subject)
@@ -43,7 +43,8 @@ def drawn(share: float = 1.0) -> Callable[[Callable[[S, Draw], None]], Callable[
             try:
                 examples()
             except Exception as fault:
-                fault.add_note(f"reproduce: MOMKIT_SEED={seed} momkit check {subject.name} --only {identity}")
+                variables = f"MOMKIT_PROFILE={profile_name()} MOMKIT_SEED={seed}"
+                fault.add_note(f"reproduce: {variables} momkit check '{subject.name}' --only '{identity}'")
                 raise
 
         # functools.wraps would show the wrapped signature, from which pytest and readers would expect a `draw`

@@ -44,12 +44,16 @@ PROFILES = {
 }
 
 
-def current_profile() -> Profile:
+def profile_name() -> str:
     """The profile that the environment names, `dev` when it names none."""
     name = os.environ.get("MOMKIT_PROFILE") or os.environ.get("HYPOTHESIS_PROFILE") or "dev"
     if name not in PROFILES:
         raise InputError(f"MOMKIT_PROFILE = {name!r}; allowed: {', '.join(PROFILES)}")
-    return PROFILES[name]
+    return name
+
+
+def current_profile() -> Profile:
+    return PROFILES[profile_name()]
 
 
 def seed_for(profile: Profile, identity: str) -> int:

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from momkit.testing.subjects import Target
 from momkit.testing.suite import bound_checks
+from momkit.testing.targets import Target
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from momkit.mechanisms.base import Inputs, State
-from momkit.scan import ScanOutput, run, scan
-from momkit.testing.drawing import Draw, applies_if, drawn
+from momkit.scan import ScanOutput, scan
+from momkit.testing.drawing import Draw, drawn
 from momkit.testing.oracle import gradients_of, step_by_step
 from momkit.testing.poison import poisoned_empty
-from momkit.testing.strategies import ScanCase, bounds, cuts, scan_cases, seeds
+from momkit.testing.strategies import ScanCase, bounds, scan_cases
 from momkit.testing.subjects import ScanSubject
 from momkit.testing.tolerances import assert_as_good, assert_close, assert_equal
 
@@ -135,85 +135,6 @@ def check_sequence_order_equivariant(subject: ScanSubject, draw: Draw) -> None:
         assert_same(subject, moved.final_state[name], tensor[list(order)], f"{name} of segments in another order")
 
 
-# any cut of a sequence, with the state carried over, gives what the whole gives
-@drawn()
-def check_state_passing(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, max_segments=1), "case")
-    pieces = draw(cuts(case.num_tokens), "lengths of the pieces")
-    whole = run_case(subject, case)
-    state, outputs, start = case.initial_state, [], 0
-    for length in pieces:
-        part = {n: x[start : start + length] if n in case.token_inputs() else x for n, x in case.inputs.items()}
-        out = scan(case.rule, part, initial_state=state, backend=subject.backend)
-        outputs.append(out.output)
-        state, start = out.final_state, start + length
-    assert_close(torch.cat(outputs), whole.output, f"{subject.id}: outputs of the pieces {pieces}")
-    assert state is not None
-    for name, tensor in whole.final_state.items():
-        assert_close(state[name], tensor, f"{subject.id}: {name} after the pieces {pieces}")
-
-
-# decoding one token at a time by the rule's step, heads and all, is the scan of the whole
-@drawn()
-def check_step_matches_scan(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, max_tokens=24, max_segments=1), "case")
-    whole = run_case(subject, case)
-    state = case.start()
-    for t in range(case.num_tokens):
-        token = {n: x[t : t + 1] if n in case.token_inputs() else x for n, x in case.inputs.items()}
-        out = scan(case.rule, token, initial_state=state, backend=subject.backend)
-        assert_close(out.output[0], whole.output[t], f"{subject.id}: token {t} by itself")
-        state = out.final_state
-    for name, tensor in whole.final_state.items():
-        assert_close(state[name], tensor, f"{subject.id}: {name} after single tokens")
-
-
-# empty segments keep their state bitwise and change nothing else; no token at all, or no segment, is legal
-@drawn()
-def check_empty_segments(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, max_tokens=40, min_segments=0, max_segments=3, with_state=True), "case")
-    filled = [n for n in range(len(case.lengths)) if case.lengths[n]]
-    place = draw(st.integers(0, len(case.lengths)), "place of an empty segment")
-    lengths = (*case.lengths[:place], 0, *case.lengths[place:])
-    extra = case.random_state(case.seed + 3, 1)
-    state = {n: torch.cat([x[:place], extra[n], x[place:]]) for n, x in case.start().items()}
-    plain = run_case(subject, case)
-    out = scan(case.rule, case.inputs, bounds(lengths), initial_state=state, backend=subject.backend)
-    assert_same(subject, out.output, plain.output, f"outputs beside an empty segment at {place}")
-    for name, tensor in out.final_state.items():
-        assert_equal(tensor[place], extra[name][0], f"{subject.id}: {name} of an empty segment")
-        for n in range(len(case.lengths)):
-            row = tensor[n + (n >= place)]
-            if n in filled:
-                assert_same(subject, row, plain.final_state[name][n], f"{name} beside an empty segment")
-            else:
-                assert_equal(row, case.start()[name][n], f"{subject.id}: {name} of an empty segment")
-
-
-# rows that no segment covers come out as zeros, and give no gradient
-@drawn()
-def check_uncovered_tail(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject), "case")
-    covered = draw(st.integers(0, len(case.lengths)), "covered segments")
-    cu_seqlens = case.cu_seqlens[: covered + 1]
-    end = int(cu_seqlens[-1])
-    inputs = {name: x.clone().requires_grad_() for name, x in case.inputs.items()}
-    state = {name: x[:covered] for name, x in case.start().items()}
-    with poisoned_empty():
-        out = run(case.rule, inputs, cu_seqlens, initial_state=state, backend=subject.backend)
-        total = out.output.sum() + sum(s.sum() for s in out.final_state.values())
-        if total.requires_grad:
-            total.backward()
-    alone = {n: x[:end] if n in case.token_inputs() else x for n, x in case.inputs.items()}
-    expected = run(case.rule, alone, cu_seqlens, initial_state=state, backend=subject.backend)
-    assert_same(subject, out.output[:end], expected.output, "covered rows")
-    assert_equal(out.output[end:], torch.zeros_like(out.output[end:]), f"{subject.id}: rows in no segment")
-    for name in case.token_inputs():
-        grad = inputs[name].grad
-        tail = torch.zeros_like(inputs[name]) if grad is None else grad
-        assert_equal(tail[end:], torch.zeros_like(tail[end:]), f"{subject.id}: gradient of {name} in no segment")
-
-
 # every element of every result is written: memory that comes uninitialised never shows
 @drawn(0.5)
 def check_writes_every_output(subject: ScanSubject, draw: Draw) -> None:
@@ -246,30 +167,6 @@ def results(subject: ScanSubject, case: ScanCase) -> dict[str, Tensor]:
     return {"output": out.output.detach(), **finals, **grads}
 
 
-# state_index picks rows of a larger pool, repeats allowed, and leaves the pool as it is
-@drawn()
-def check_state_index(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, max_tokens=48, max_segments=4), "case")
-    rows = draw(st.integers(1, 6), "rows of the pool")
-    n = len(case.lengths)
-    index = torch.tensor(draw(st.lists(st.integers(0, rows - 1), min_size=n, max_size=n), "state_index"))
-    pool = case.random_state(case.seed + 3, rows)
-    before = {name: tensor.clone() for name, tensor in pool.items()}
-    picked = run_case(subject, case, initial_state={name: tensor[index] for name, tensor in pool.items()})
-    out = scan(
-        case.rule,
-        case.inputs,
-        case.cu_seqlens,
-        initial_state=pool,
-        state_index=index.int() if case.seed % 2 else index,
-        backend=subject.backend,
-    )
-    assert_same(subject, out.output, picked.output, f"outputs from rows {index.tolist()} of a pool")
-    for name, tensor in picked.final_state.items():
-        assert_same(subject, out.final_state[name], tensor, f"{name} from rows {index.tolist()} of a pool")
-        assert_equal(pool[name], before[name], f"{subject.id}: the pool of {name}")
-
-
 # a scan changes neither inputs nor state, and does not care how they lie in memory
 @drawn(0.5)
 def check_leaves_arguments_alone(subject: ScanSubject, draw: Draw) -> None:
@@ -289,35 +186,3 @@ def check_leaves_arguments_alone(subject: ScanSubject, draw: Draw) -> None:
 def strided(x: Tensor) -> Tensor:
     """The same values, every second element of a larger tensor."""
     return torch.stack([x, x + 1], -1)[..., 0]
-
-
-def has_constants(subject: ScanSubject) -> bool:
-    return any(domain.axes.split()[0] != "T" for domain in subject.rule.inputs_domain().values())
-
-
-# a constant input may be given a row for each token, as `freeze` does
-@applies_if(has_constants)
-@drawn(0.5)
-def check_constants_may_vary(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject), "case")
-    constants = set(case.inputs) - set(case.token_inputs())
-    wide = {n: x.expand(case.num_tokens, *x.shape) if n in constants else x for n, x in case.inputs.items()}
-    expected, out = run_case(subject, case), run_case(subject, case, inputs=wide)
-    assert_close(out.output, expected.output, f"{subject.id}: output with constants given to each token")
-    for name, tensor in expected.final_state.items():
-        assert_close(out.final_state[name], tensor, f"{subject.id}: {name} with constants given to each token")
-
-
-# slots that only read leave no trace in outputs beside them or in the state, on every backend
-@drawn()
-def check_frozen_tokens_leave_no_trace(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject), "case")
-    generator = torch.Generator().manual_seed(draw(seeds, "frozen tokens"))
-    where = torch.rand(case.num_tokens, generator=generator) < 0.3
-    frozen = case.rule.freeze(case.inputs, where)
-    start, sizes = case.start(), case.all_sizes
-    out = run_case(subject, case, inputs=frozen)
-    truth, final = step_by_step(case.rule, frozen, case.lengths, start, sizes, torch.float64)
-    assert_close(out.output, truth, f"{subject.id}: outputs with frozen tokens")
-    for name, tensor in final.items():
-        assert_close(out.final_state[name], tensor, f"{subject.id}: {name} with frozen tokens")

@@ -4,17 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from momkit.block import MoMBlock
-from momkit.errors import BackendError, InputError
 from momkit.mechanisms.base import Context, Mechanism, MechanismSpec, Sizes
 from momkit.registry import registry, temporarily
 from momkit.routing.base import Router, RouterContext, RouterSpec
-from momkit.scan import BACKENDS, Backend, choose_backend
+from momkit.scan import Backend
 from momkit.spec import MoMSpec
 
 HIDDEN_SIZE = 8
@@ -179,59 +178,3 @@ def registered(cls: type) -> Iterator[None]:
     known = registry().classes[base].get(cls.name) is cls  # type: ignore[attr-defined]
     with nullcontext() if known else temporarily(cls):
         yield
-
-
-def backends_for(rule: Mechanism) -> list[Backend]:
-    """Every backend that can run a rule here."""
-    able: list[Backend] = []
-    for backend in cast(dict[Backend, object], BACKENDS):
-        try:
-            choose_backend(rule, backend)
-        except BackendError:
-            continue
-        able.append(backend)
-    return able
-
-
-def subjects_of_rule(cls: type[Mechanism], spec: MechanismSpec, backend: Backend | None = None) -> list[Subject]:
-    """A rule, the rule on every backend (or one), and a block around it."""
-    rule = RuleSubject(cls.name, cls, spec)
-    able = backends_for(rule.rule)
-    if backend is not None:
-        choose_backend(rule.rule, backend)
-        able = [backend]
-    return [rule, *(ScanSubject(cls.name, cls, spec, b) for b in able), BlockSubject(cls.name, rule)]
-
-
-def subjects_of_router(cls: type[Router], spec: RouterSpec) -> list[Subject]:
-    """A router, and a block around it."""
-    router = RouterSubject(cls.name, cls, spec)
-    return [router, BlockSubject(cls.name, router)]
-
-
-Target = str | MechanismSpec | RouterSpec | type[Mechanism] | type[Router]
-
-
-def subjects_of(target: Target, backend: Backend | None = None) -> list[Subject]:
-    """Everything to check for a registered name, a spec or a class, which need not be registered."""
-    if target == DispatchSubject().name:
-        return [DispatchSubject()]
-    if isinstance(target, type) and issubclass(target, Mechanism):
-        return subjects_of_rule(target, target.Spec(), backend)
-    if isinstance(target, type) and issubclass(target, Router):
-        return subjects_of_router(target, target.Spec())
-    if isinstance(target, MechanismSpec):
-        return subjects_of_rule(registry().find("mechanism", target.kind), target, backend)
-    if isinstance(target, RouterSpec):
-        return subjects_of_router(registry().find("router", target.kind), target)
-    if isinstance(target, str):
-        if target in registry().names("router"):
-            return subjects_of(registry().find("router", target))
-        return subjects_of(registry().find("mechanism", target), backend)
-    raise InputError(f"{target!r} can't be checked; allowed: a registered name, a spec, a Mechanism or Router class")
-
-
-def everything(backend: Backend | None = None) -> list[Subject]:
-    """The dispatch, every registered router, every registered rule."""
-    names = [DispatchSubject().name, *registry().names("router"), *registry().names("mechanism")]
-    return [subject for name in names for subject in subjects_of(name, backend)]

@@ -17,13 +17,15 @@ from momkit.testing import (
     router_checks,
     rule_checks,
     scan_checks,
+    scan_state_checks,
 )
 from momkit.testing.drawing import Check, applies
-from momkit.testing.subjects import BlockSubject, RouterSubject, RuleSubject, Subject, Target, registered, subjects_of
+from momkit.testing.subjects import BlockSubject, RouterSubject, RuleSubject, Subject, registered
+from momkit.testing.targets import Target, subjects_of
 
 MODULES: dict[str, tuple[ModuleType, ...]] = {
     "rule": (rule_checks,),
-    "scan": (scan_checks, gradient_checks),
+    "scan": (scan_checks, scan_state_checks, gradient_checks),
     "block": (block_checks, block_state_checks),
     "router": (router_checks,),
     "dispatch": (dispatch_checks,),

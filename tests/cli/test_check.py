@@ -67,7 +67,7 @@ def test_all_covers_everything_registered():
     [
         ([], "names, or --all"),
         (["gla", "--all"], "names, or --all"),
-        (["no_such_rule"], "unknown mechanism 'no_such_rule'"),
+        (["no_such_rule"], "registered as 'no_such_rule'"),
         (["gla", "--backend", "fast"], "backend = 'fast'"),
         (["mamba", "--backend", "chunked"], "chunked"),
         (["gla", "--only", "check_nothing"], "check_nothing"),

@@ -5,9 +5,11 @@ import sys
 from typing import Literal
 
 import pytest
+from pydantic import ValidationError
 
 from momkit.errors import BackendError, InputError, UnknownNameError
 from momkit.mechanisms.gated_deltanet import GatedDeltaNet, GatedDeltaNetSpec
+from momkit.mechanisms.linear_attention import LinearAttentionSpec
 from momkit.registry import registry
 from momkit.routing.softmax_topk import SoftmaxTopK, SoftmaxTopKSpec
 from momkit.testing import CheckResult, check, parametrize_with_checks
@@ -88,6 +90,13 @@ def test_everything_registered_has_checks():
 def test_a_spec_is_checked_with_its_fields():
     found = bound_checks([GatedDeltaNetSpec(num_heads=3)])
     assert found[0][0].subject.spec.num_heads == 3
+    assert found[0][0].id == "gated_deltanet(num_heads=3)-check_spec_round_trips"
+    assert ids(["gated_deltanet(num_heads=3)"]) == [bound.id for bound, _ in found]
+    assert ids(["linear_attention(normalize=True,feature_map=relu)"]) == ids(
+        [LinearAttentionSpec(normalize=True, feature_map="relu")]
+    )
+    with pytest.raises(ValidationError, match="no_such_field"):
+        ids(["gated_deltanet(no_such_field=1)"])
 
 
 @pytest.mark.parametrize(
@@ -116,14 +125,13 @@ def test_results_without_pytest(monkeypatch):
     assert not bad.ok
     assert "frozen token" in bad.message
     assert "(case)" in bad.message, "the drawn case is labelled"
-    assert "reproduce: MOMKIT_SEED=" in bad.message
+    assert "reproduce: MOMKIT_PROFILE=mutants MOMKIT_SEED=" in bad.message
 
 
 def test_a_failure_can_be_reproduced_from_its_note(monkeypatch):
     monkeypatch.setattr(GatedDeltaNet, "freeze", lambda self, inputs, where: inputs)
     name = "gated_deltanet-check_freeze_keeps_state"
     (first,) = check("gated_deltanet", only=name)
-    monkeypatch.setenv("MOMKIT_PROFILE", "dev")
     monkeypatch.setenv("MOMKIT_SEED", first.message.partition("MOMKIT_SEED=")[2].split()[0])
     (second,) = check("gated_deltanet", only=name)
     assert second.status == "failed"

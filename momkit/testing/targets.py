@@ -1,0 +1,87 @@
+"""From what a user names to what is checked: a registered name, a spec or a class becomes subjects."""
+
+from typing import cast
+
+import yaml
+from pydantic import BaseModel
+
+from momkit.errors import BackendError, InputError, UnknownNameError
+from momkit.mechanisms.base import Mechanism, MechanismSpec
+from momkit.registry import find_mechanism, find_router, registry
+from momkit.routing.base import Router, RouterSpec
+from momkit.scan import BACKENDS, Backend, choose_backend
+from momkit.testing.subjects import BlockSubject, DispatchSubject, RouterSubject, RuleSubject, ScanSubject, Subject
+
+Target = str | MechanismSpec | RouterSpec | type[Mechanism] | type[Router]
+
+
+def backends_for(rule: Mechanism) -> list[Backend]:
+    """Every backend that can run a rule here."""
+    able: list[Backend] = []
+    for backend in cast(dict[Backend, object], BACKENDS):
+        try:
+            choose_backend(rule, backend)
+        except BackendError:
+            continue
+        able.append(backend)
+    return able
+
+
+def name_with_options(name: str, spec: BaseModel) -> str:
+    """The name, with the fields of the spec that differ from their defaults: `gla(num_heads=3)`."""
+    fields = type(spec).model_fields
+    changed = [f"{field}={value}" for field, value in spec if field != "kind" and value != fields[field].default]
+    return f"{name}({','.join(changed)})" if changed else name
+
+
+def subjects_of_rule(cls: type[Mechanism], spec: MechanismSpec, backend: Backend | None = None) -> list[Subject]:
+    """A rule, the rule on every backend (or one), and a block around it."""
+    name = name_with_options(cls.name, spec)
+    rule = RuleSubject(name, cls, spec)
+    able = backends_for(rule.rule)
+    if backend is not None:
+        choose_backend(rule.rule, backend)
+        able = [backend]
+    return [rule, *(ScanSubject(name, cls, spec, b) for b in able), BlockSubject(name, rule)]
+
+
+def subjects_of_router(cls: type[Router], spec: RouterSpec) -> list[Subject]:
+    """A router, and a block around it."""
+    router = RouterSubject(name_with_options(cls.name, spec), cls, spec)
+    return [router, BlockSubject(router.name, router)]
+
+
+def subjects_of(target: Target, backend: Backend | None = None) -> list[Subject]:
+    """Everything to check for a registered name, a spec or a class, which need not be registered."""
+    if isinstance(target, str):
+        return subjects_of_name(target, backend)
+    if isinstance(target, type) and issubclass(target, Mechanism):
+        return subjects_of_rule(target, target.Spec(), backend)
+    if isinstance(target, type) and issubclass(target, Router):
+        return subjects_of_router(target, target.Spec())
+    if isinstance(target, MechanismSpec):
+        return subjects_of_rule(find_mechanism(target.kind), target, backend)
+    if isinstance(target, RouterSpec):
+        return subjects_of_router(find_router(target.kind), target)
+    raise InputError(f"{target!r} can't be checked; allowed: a registered name, a spec, a Mechanism or Router class")
+
+
+def subjects_of_name(name: str, backend: Backend | None = None) -> list[Subject]:
+    """The rule of a name, and the router of that name, or the dispatch; options may follow: `gla(num_heads=3)`."""
+    if name == DispatchSubject().name:
+        return [DispatchSubject()]
+    bare, _, options = name.removesuffix(")").partition("(")
+    fields = {
+        field: yaml.safe_load(value) for field, _, value in (o.partition("=") for o in options.split(",")) if field
+    }
+    found = []
+    if bare in registry().names("mechanism"):
+        rule = find_mechanism(bare)
+        found.append(subjects_of_rule(rule, rule.Spec.model_validate(fields), backend))
+    if bare in registry().names("router"):
+        router = find_router(bare)
+        found.append(subjects_of_router(router, router.Spec.model_validate(fields)))
+    if not found:
+        known = ", ".join([*registry().names("mechanism"), *registry().names("router"), DispatchSubject().name])
+        raise UnknownNameError(f"nothing to check is registered as {name!r}; known: {known}")
+    return [subject for subjects in found for subject in subjects]
