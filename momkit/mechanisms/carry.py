@@ -105,11 +105,19 @@ class Carry(torch.autograd.Function):
             if d_Us:
                 torch.baddbmm(d_Es[t], Bs[t], d_after[t], out=d_Us[t])
                 before.baddbmm_(Ws[t].mT, d_Us[t], alpha=-1)
-        d_whole = (starts * d_next).sum_to_size(whole.shape) if ctx.needs_input_grad[1] else None
+        d_whole = dot_to_size(starts, d_next, whole.shape) if ctx.needs_input_grad[1] else None
         d_write = d_next if ctx.needs_input_grad[3] else None
         if E is None or d_U is None:
             return d_S, d_whole, None, d_write, None, None, None
-        return d_S, d_whole, None, d_write, d_U, torch.bmm(d_U, starts.mT).neg_(), torch.bmm(E, d_next.mT)
+        d_W = torch.baddbmm(W, d_U, starts.mT, beta=0, alpha=-1)
+        return d_S, d_whole, None, d_write, d_U, d_W, torch.bmm(E, d_next.mT)
+
+
+def dot_to_size(x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
+    """(x * y).sum_to_size(shape); where whole matrices meet, as dot products, which need no third matrix."""
+    if shape[1:] == (1, 1):
+        return torch.bmm(x.flatten(1)[:, None], y.flatten(1)[..., None])
+    return (x * y).sum_to_size(shape)
 
 
 def split(x: Tensor | None, counts: list[int]) -> tuple[Tensor, ...]:

@@ -4,6 +4,8 @@ Letters: B chunks times heads, C tokens of a chunk.
 """
 
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,37 +71,69 @@ class Layout:
 
     def pack(self, x: Affine, S0: Tensor, sizes: list[int]) -> list[Affine]:
         """Inputs by chunk and head, `[B, C, dim]`, `g` and `beta` `[B, C]`, absent tokens zero, in groups."""
-        T, H = x.v.shape[:2]
+        (T, H), C = x.v.shape[:2], self.tokens.shape[1]
+        places = self.places(T, H)
         columns: dict[str, tuple[Tensor, ...]] = {}
         for name in ("q", "k", "v", "g", "gk", "gv", "beta", "a", "b", "u"):
             tensor = getattr(x, name)
             if tensor is None:
                 continue
-            scalar, constant = name in ("g", "beta"), tensor.ndim == 1 or (name == "u" and tensor.ndim == 2)
+            constant = tensor.ndim == 1 or (name == "u" and tensor.ndim == 2)
             tensor = (tensor.expand(T, *tensor.shape) if constant else tensor).to(S0.dtype)
-            wide = self.gather(tensor[..., None] if scalar else tensor, H)
-            columns[name] = (wide.squeeze(-1) if scalar else wide).split([n * H for n in sizes])
+            # head h reads key head h // (H / G)
+            tensor = tensor if tensor.shape[1] == H else tensor.repeat_interleave(H // tensor.shape[1], dim=1)
+            wide = places.move(tensor.reshape(T * H, prod(tensor.shape[2:]))).view(-1, C, *tensor.shape[2:])
+            columns[name] = wide.split([n * H for n in sizes])
         return [Affine(**dict(zip(columns, part, strict=True))) for part in zip(*columns.values(), strict=True)]
-
-    def gather(self, x: Tensor, H: int) -> Tensor:
-        """`[T, G, dim]` -> `[chunks * H, C, dim]`, head h from key head h // (H / G)."""
-        T, G, dim = x.shape
-        head = torch.arange(H, device=x.device) // (H // G)
-        rows = self.tokens[:, None] * G + head[:, None]
-        flat = x.reshape(T * G, dim)
-        if self.padded:
-            flat = torch.cat([flat, flat.new_zeros(1, dim)])
-            rows = rows.where(self.tokens[:, None] >= 0, T * G)
-        return flat.index_select(0, rows.flatten()).view(-1, self.tokens.shape[1], dim)
 
     def unpack(self, chunks: list[Tensor], T: int, H: int) -> Tensor:
         """`[B, C, V]` -> `[T, H, V]`, uncovered rows zero."""
-        C = self.tokens.shape[1]
-        tokens = self.tokens.flatten()
-        place = torch.arange(len(tokens), device=tokens.device)[tokens >= 0]
-        back = torch.empty_like(place)
-        back[tokens[tokens >= 0] - self.covered.start] = place
-        rows = (back // C * H * C + back % C)[:, None] + torch.arange(H, device=back.device) * C
         flat = (chunks[0] if len(chunks) == 1 else torch.cat(chunks)).flatten(0, 1)
-        packed = flat.index_select(0, rows.flatten()).view(-1, H, flat.shape[1])
-        return pad(packed, (0, 0, 0, 0, self.covered.start, T - self.covered.stop))
+        return self.places(T, H).inverse.move(flat).view(T, H, flat.shape[1])
+
+    def places(self, T: int, H: int) -> "Places":
+        """Where row (token, head) of `[T * H]` goes in `[chunks * H * C]`, and back."""
+        device = self.tokens.device
+        head = torch.arange(H, device=device)
+        tokens = self.tokens[:, None]
+        there = (tokens * H + head[:, None]).where(tokens >= 0, -1).flatten()
+        back = torch.full((T * H + 1,), -1, device=device)
+        back[there] = torch.arange(len(there), device=device)  # absent places write the spare last row
+        return Places(there, back[:-1], self.padded, len(self.covered) < T)
+
+
+@dataclass(frozen=True)
+class Places:
+    """A partial permutation of rows: place i takes row `there[i]`, row j went to place `back[j]`; -1 is none.
+
+    gaps, left_out: whether any place has no row, and any row no place.
+    """
+
+    there: Tensor
+    back: Tensor
+    gaps: bool
+    left_out: bool
+
+    @property
+    def inverse(self) -> "Places":
+        return Places(self.back, self.there, self.left_out, self.gaps)
+
+    def move(self, x: Tensor) -> Tensor:
+        """Rows in their places, zeros in the gaps; the gradient moves back the same way, without a scatter."""
+        moved: Tensor = Move.apply(x, self)  # type: ignore[no-untyped-call]
+        return moved
+
+
+class Move(torch.autograd.Function):
+    """See `Places.move`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
+        ctx.places = places
+        if not places.gaps:
+            return x.index_select(0, places.there)
+        return torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, places.there % (len(x) + 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.places.inverse.move(grad), None
