@@ -130,19 +130,6 @@ def test_name_comes_from_the_spec():
     assert Louder.name == "running_mean"
 
 
-def test_describe():
-    described = RunningMean.describe()
-    assert described["summary"] == "Remember the mean of all values, by counting them."
-    assert described["equation"].startswith("n_t = n_{t-1} + 1;")
-    assert described["paper"] == "Nobody's."
-
-    class Silent(Mechanism):
-        Spec = RunningMeanSpec
-
-    Silent.__doc__ = None
-    assert Silent.describe() == {"summary": "", "equation": "", "paper": ""}
-
-
 @every_rule
 def test_without_a_context_a_rule_has_no_parameters(name):
     rule = find_mechanism(name)(find_mechanism(name).Spec())

@@ -427,15 +427,13 @@ def test_a_layer_outside_the_model_is_refused(name: str) -> None:
 
 
 @every_rule
-def test_smallest_sizes_and_description(name: str) -> None:
+def test_smallest_sizes(name: str) -> None:
     cls, spec = RULES[name]
     one = spec.model_copy(update={"num_heads": 1, "head_dim": 1})
     rule = cls(one, Context(hidden_size=1))
     assert rule.output_spec() == (1, 1)
     assert all(x.isfinite().all() for x in rule.state_dict().values())
-    about = rule.describe()
     assert rule.name == spec.kind
-    assert all(about.values()) and "arXiv" in about["paper"]
     assert type(spec).model_validate_json(spec.model_dump_json()) == spec
 
 

@@ -379,9 +379,3 @@ def test_rwkv7_decays_stay_in_range_at_every_depth(num_layers: int) -> None:
         mechanism = RWKV7(RWKV7Spec(num_heads=1, head_dim=1), Context(8, layer_index, num_layers))
         gk = mechanism.prepare(project(mechanism, 4, torch.float32))["gk"]
         assert torch.isfinite(gk).all() and (gk < 0).all() and (gk >= -0.6066).all()
-
-
-@pytest.mark.parametrize("name", BUILDS)
-def test_describes_itself(name: str) -> None:
-    description = type(BUILDS[name](None)).describe()
-    assert "arXiv" in description["paper"] and "_t" in description["equation"] and description["summary"].endswith(".")

@@ -139,11 +139,6 @@ def test_spec_round_trip_and_refusals(cls: type[Task], corpus: str) -> None:
             draw(task, 0, progress=progress)
 
 
-@every_task
-def test_docstring_has_sentence_example_source(cls: type[Task]) -> None:
-    assert all(cls.describe().values())
-
-
 def test_batch_moves_whole(corpus: str) -> None:
     for cls in TASKS:
         batch = draw(make(cls, corpus), 0)
