@@ -65,7 +65,7 @@ def parameters(block: MoMBlock) -> Count:
     total = sum(p.numel() for p in block.parameters())
     project = block.project
     own = project.memory_weight.numel() if project.per_memory else 0
-    own += sum(project.bias[p.name].numel() for p in project.per_memory if p.bias)
+    own += sum(project.get_parameter(f"{p.name}_bias").numel() for p in project.per_memory if p.bias)
     per_memory = share(own, block)
     return Count(total, total - per_memory.total + per_memory.active)
 
@@ -106,7 +106,7 @@ def one_step(mechanism: Mechanism, like: Tensor) -> None:
     inputs = mechanism.prepare(projected)
     state = {name: tensor.to(like.device) for name, tensor in mechanism.initial_state(1).items()}
     domain = mechanism.inputs_domain()
-    dtype = scan_state_dtype(inputs)
+    dtype = scan_state_dtype(mechanism, inputs)
     wide = {
         name: repeat_key_heads(domain[name].axes, tensor.to(dtype), mechanism.sizes) for name, tensor in inputs.items()
     }

@@ -3,7 +3,6 @@
 Letters: B sequences, T tokens, D hidden size, M memories, J slots a token, R slots, N segments, H heads, V value dim.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from momkit.checks import FLOATS, check_finite, check_routing
 from momkit.errors import InputError
 from momkit.mechanisms.base import Context, Inputs, State
 from momkit.ops import combine, gated_rms_norm
@@ -44,6 +44,8 @@ class MoMBlock(nn.Module):
 
     def __init__(self, spec: MoMSpec, *, layer_index: int = 0, num_layers: int = 1, backend: Backend = "auto") -> None:
         super().__init__()
+        if not isinstance(spec, MoMSpec):
+            raise InputError(f"spec must be a MoMSpec, got {type(spec).__name__}")
         self.spec = spec
         self.backend: Backend = backend
         D = spec.hidden_size
@@ -102,6 +104,7 @@ class MoMBlock(nn.Module):
             raise InputError(f"x has shape {tuple(x.shape)}; allowed: [B, D]")
         self.check_dtype(x)
         self.check_state(state, len(x))
+        state.cut()
         routing = self.route(x, None)
         memory_ids, writes = choices(routing, self.spec.num_memories, self.spec.shared_memory)
         passes = [slice(None)] if writes is None else [slice(j, j + 1) for j in range(memory_ids.shape[1])]
@@ -147,20 +150,23 @@ class MoMBlock(nn.Module):
         return projected
 
     def route(self, x: Tensor, mask: Tensor | None) -> Routing:
-        """The router's choices; under MOMKIT_CHECK=1 a NaN among its logits is refused."""
+        """The router's choices, held to its contract."""
         routing = self.router.route(x, mask)
-        if os.environ.get("MOMKIT_CHECK") == "1" and bool(routing.logits.isnan().any()):
-            raise InputError("routing.logits hold NaN: x, or the router's weights, hold NaN or inf")
+        check_routing(routing, len(x), self.router.slots, self.spec.num_memories)
         return routing
 
     def initial_state(self, batch_size: int) -> MoMState:
         """The state of `batch_size` sequences that have seen nothing."""
-        if batch_size < 0:
-            raise InputError(f"batch_size = {batch_size}; allowed: 0 or more")
+        if not isinstance(batch_size, int) or batch_size < 0:
+            raise InputError(f"batch_size = {batch_size}; allowed: integers from 0")
         weight = self.out_proj.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         n = batch_size * self.num_groups
-        recurrent = {name: t.to(weight.device, dtype) for name, t in self.mechanism.initial_state(n).items()}
+        # a copy of its own: decoding writes into it, and a rule may hand out views of what it learned
+        recurrent = {
+            name: tensor.to(weight.device, dtype).clone(memory_format=torch.contiguous_format)
+            for name, tensor in self.mechanism.initial_state(n).items()
+        }
         history = self.project.empty_history(n)
         shape = (batch_size, self.num_groups)
         return MoMState(
@@ -183,7 +189,8 @@ class MoMBlock(nn.Module):
         weight = self.out_proj.weight
         if x.device != weight.device:
             raise InputError(f"x is on {x.device}, the block on {weight.device}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        mixed = torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type)
+        if x.dtype != weight.dtype and mixed:
             raise InputError(f"x is {x.dtype}, the block's weights are {weight.dtype}; cast one, or use autocast")
 
     def check_state(self, state: MoMState, batch_size: int) -> None:
@@ -196,6 +203,8 @@ class MoMBlock(nn.Module):
             if set(tensors) != set(expected):
                 raise InputError(f"state.{part} has {sorted(tensors)}; allowed: {sorted(expected)}")
             for name, shape in expected.items():
+                if not isinstance(tensors[name], Tensor):
+                    raise InputError(f"state.{part}[{name!r}] must be a tensor, got {type(tensors[name]).__name__}")
                 wanted = (batch_size, self.num_groups, *shape)
                 if tuple(tensors[name].shape) != wanted:
                     raise InputError(
@@ -203,6 +212,11 @@ class MoMBlock(nn.Module):
                     )
                 if tensors[name].device != self.out_proj.weight.device:
                     raise InputError(f"state.{part}[{name!r}] is on {tensors[name].device}, the block elsewhere")
+                # a narrower recurrent state would be rounded at every step
+                dtypes = (torch.float32, torch.float64) if part == "recurrent" else FLOATS
+                if tensors[name].dtype not in dtypes:
+                    raise InputError(f"state.{part}[{name!r}] is {tensors[name].dtype}; allowed: {dtypes}")
+                check_finite(tensors[name], f"state.{part}[{name!r}]")
 
 
 def memory_major(tensor: Tensor) -> Tensor:
@@ -216,8 +230,8 @@ def batch_first(tensor: Tensor, num_groups: int) -> Tensor:
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay belongs on a parameter: on matrices named weights; never on gates, biases and norms."""
-    return parameter.ndim >= 2 and "weight" in name and "norm" not in name
+    """Whether weight decay belongs on a parameter: on matrices named ...weight; never on gates, biases and norms."""
+    return parameter.ndim >= 2 and name.endswith("weight")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from momkit.errors import InputError
-from momkit.mechanisms.base import Inputs, Mechanism, Sizes, State
+from momkit.mechanisms.base import Inputs, Mechanism, Sizes, State, axes_of
+from momkit.routing.base import Routing
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -18,14 +19,17 @@ def checking_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("MOMKIT_CHECK") == "1"
 
 
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Under MOMKIT_CHECK=1, refuse NaN and infinities."""
+    if os.environ.get("MOMKIT_CHECK") == "1" and not bool(tensor.isfinite().all()):
+        raise InputError(f"{what} holds NaN or inf")
+
+
 def check_inputs(mechanism: Mechanism, inputs: Inputs) -> Sizes:
     """Names, types, devices and shapes of a rule's inputs; returns the size of each axis."""
     domain = mechanism.inputs_domain()
     what = f"{mechanism.name} inputs"
-    if missing := [name for name in domain if name not in inputs]:
-        raise InputError(f"{what}: {', '.join(missing)} missing; it takes {', '.join(domain)}")
-    if unknown := [name for name in inputs if name not in domain]:
-        raise InputError(f"{what}: {', '.join(unknown)} unknown; it takes {', '.join(domain)}")
+    check_input_names(mechanism, inputs)
     for name, tensor in inputs.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{what}: {name} must be a tensor, got {type(tensor).__name__}")
@@ -38,9 +42,7 @@ def check_inputs(mechanism: Mechanism, inputs: Inputs) -> Sizes:
             raise InputError(f"{what}: {name} is {tensor.dtype}; allowed: float32, float64, bfloat16, float16")
         if tensor.device != device:
             raise InputError(f"{what}: {name} is on {tensor.device}, {mechanism.value_input} on {device}")
-        axes = entry.axes.split()
-        if axes[0] != "T" and tensor.ndim == len(axes) + 1:
-            axes = ["T", *axes]
+        axes = axes_of(entry.axes, tensor)
         if tensor.ndim != len(axes):
             raise InputError(f"{what}: {name} has shape {tuple(tensor.shape)}; allowed: [{', '.join(axes)}]")
         for axis, size in zip(axes, tensor.shape, strict=True):
@@ -53,6 +55,24 @@ def check_inputs(mechanism: Mechanism, inputs: Inputs) -> Sizes:
                 raise InputError(f"{what}: {name} has {axis} = 0; allowed: 1 or more")
             sizes[axis] = size
             origin.setdefault(axis, name)
+        if not entry.is_gate:
+            check_finite(tensor, f"{what}: {name}")
+    return check_sizes(mechanism, sizes)
+
+
+def check_input_names(mechanism: Mechanism, inputs: Inputs) -> None:
+    """The inputs must be those that `inputs_domain` names."""
+    domain = mechanism.inputs_domain()
+    what = f"{mechanism.name} inputs"
+    if missing := [name for name in domain if name not in inputs]:
+        raise InputError(f"{what}: {', '.join(missing)} missing; it takes {', '.join(domain)}")
+    if unknown := [name for name in inputs if name not in domain]:
+        raise InputError(f"{what}: {', '.join(unknown)} unknown; it takes {', '.join(domain)}")
+
+
+def check_sizes(mechanism: Mechanism, sizes: Sizes) -> Sizes:
+    """Sizes read off the inputs against those of the module and its spec; what only the module knows is added."""
+    what = f"{mechanism.name} inputs"
     sizes.setdefault("G", sizes.get("H", 1))
     sizes.setdefault("H", sizes["G"])
     if sizes["H"] % sizes["G"]:
@@ -60,20 +80,42 @@ def check_inputs(mechanism: Mechanism, inputs: Inputs) -> Sizes:
     for axis, size in mechanism.sizes.items():
         if axis not in "GT" and sizes.get(axis, size) != size:
             raise InputError(f"{what}: {axis} = {sizes[axis]} in the inputs, {size} in the module")
-    check_spec_sizes(mechanism, sizes)
-    if os.environ.get("MOMKIT_CHECK") == "1":
-        for name, tensor in inputs.items():
-            if torch.isnan(tensor).any() or torch.isposinf(tensor).any():
-                raise InputError(f"{what}: {name} holds NaN or +inf")
+    for field in mechanism.spec.model_fields_set:
+        axis, wanted = mechanism.spec.axes.get(field, ""), getattr(mechanism.spec, field)
+        if wanted is not None and sizes.get(axis, wanted) != wanted:
+            raise InputError(f"{what}: {axis} = {sizes[axis]}, but {field} = {wanted} in its spec")
+    sizes = mechanism.sizes | sizes
+    for name, axes in mechanism.state_axes().items():
+        if unknown := [axis for axis in axes.split() if axis not in sizes]:
+            raise InputError(f"{what}: no input has axis {unknown[0]} of state {name}; build the rule with a Context")
     return sizes
 
 
-def check_spec_sizes(mechanism: Mechanism, sizes: Sizes) -> None:
-    """Sizes that a spec fixes must be those of the inputs."""
-    for field, axis in (("num_heads", "H"), ("head_dim", "K"), ("head_v_dim", "V")):
-        wanted = getattr(mechanism.spec, field, None)
-        if wanted is not None and sizes.get(axis, wanted) != wanted:
-            raise InputError(f"{mechanism.name} inputs: {axis} = {sizes[axis]}, but {field} = {wanted} in its spec")
+def check_routing(routing: Routing, num_tokens: int, slots: int, num_memories: int) -> None:
+    """What a router returned: shapes and types always, ids where looking at them costs no synchronisation."""
+    shape = (num_tokens, slots)
+    for name, dtypes in (("weights", (torch.float32, torch.float64)), ("memory_ids", (torch.int64,))):
+        tensor: Tensor = getattr(routing, name)
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            got = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise InputError(f"routing.{name} is {got}; allowed: [T, slots] = {shape} of {dtypes}")
+    writes = routing.writes
+    if writes is not None and (tuple(writes.shape) != shape or writes.dtype != torch.bool):
+        raise InputError(f"routing.writes is {tuple(writes.shape)} of {writes.dtype}; allowed: {shape} of torch.bool")
+    check_finite(routing.logits, "routing.logits")
+    ids = routing.memory_ids
+    if not ids.numel() or torch.compiler.is_compiling() or not checking_values(ids):
+        return
+    if int(ids.min()) < 0 or int(ids.max()) >= num_memories:
+        raise InputError(
+            f"routing.memory_ids hold {int(ids.min())} to {int(ids.max())}; allowed: 0 to {num_memories - 1}"
+        )
+    kinds = ids if writes is None else 2 * ids + writes
+    if slots > 1 and bool((kinds.sort(1).values.diff(dim=1) == 0).any()):
+        raise InputError(
+            "routing.memory_ids name a memory twice for one token; allowed: distinct ids among its writes, "
+            "and among its reads"
+        )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
@@ -111,12 +153,15 @@ def check_state(
             raise InputError("state_index needs an initial_state to pick from")
         return None
     shapes = mechanism.state_spec(sizes)
+    if not isinstance(initial_state, Mapping):
+        raise InputError(f"initial_state must be a dict of tensors, got {type(initial_state).__name__}")
     if set(initial_state) != set(shapes):
         raise InputError(f"initial_state has {sorted(initial_state)}; allowed: {sorted(shapes)}")
     for name, shape in shapes.items():
         tensor = initial_state[name]
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
             raise InputError(f"initial_state[{name!r}] must be a floating point tensor")
+        check_finite(tensor, f"initial_state[{name!r}]")
         if tensor.device != device:
             raise InputError(f"initial_state[{name!r}] is on {tensor.device}, the inputs are on {device}")
         if tuple(tensor.shape[1:]) != shape or tensor.ndim != len(shape) + 1:

@@ -73,13 +73,15 @@ def short_conv(
     Returns y `[R, C]` and the new history.
     """
     channels, past = x.shape[1], weight.shape[1] - 1
+    # the history keeps its own precision: under autocast it is wider than x
+    wide = torch.promote_types(x.dtype, history.dtype)
     # a spare row, and enough of them for one window where there is neither segment nor slot
-    buffer = x.new_zeros(windows.rows.numel() + len(x) + max(1, past), channels)
-    buffer = buffer.index_copy(0, windows.rows.flatten(), history.to(x.dtype).reshape(-1, channels))
-    buffer = buffer.index_copy(0, windows.target, x)
+    buffer = x.new_zeros(windows.rows.numel() + len(x) + max(1, past), channels, dtype=wide)
+    buffer = buffer.index_copy(0, windows.rows.flatten(), history.to(wide).reshape(-1, channels))
+    buffer = buffer.index_copy(0, windows.target, x.to(wide))
     y = x * weight[:, past]
     if past:
-        seen = nn.functional.conv1d(buffer.T[None], weight[:, None, :past], groups=channels)[0].T
+        seen = nn.functional.conv1d(buffer.to(weight.dtype).T[None], weight[:, None, :past], groups=channels)[0].T
         y = y + seen.index_select(0, windows.start)
     if bias is not None:
         y = y + bias

@@ -12,11 +12,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from momkit.checks import check_cu_seqlens, check_inputs, check_state
+from momkit.checks import check_cu_seqlens, check_input_names, check_inputs, check_state
 from momkit.errors import BackendError, InputError
-from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, Sizes, State
+from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, Sizes, State, axes_of
 from momkit.mechanisms.chunked import scan_chunked
-from momkit.mechanisms.reference import has_time, scan_reference, scan_state_dtype
+from momkit.mechanisms.reference import scan_reference, scan_state_dtype
 from momkit.registry import find_mechanism
 
 Backend = Literal["auto", "reference", "chunked"]
@@ -62,6 +62,8 @@ def scan(
     Raises InputError for a wrong input, naming it; UnknownNameError for an unknown mechanism or backend.
     """
     rule = as_mechanism(mechanism)
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"inputs must be a dict of tensors, got {type(inputs).__name__}")
     tensors = dict(inputs)
     sizes = check_inputs(rule, tensors)
     value = tensors[rule.value_input]
@@ -88,7 +90,7 @@ def run(
         sizes = read_sizes(mechanism, inputs)
     if initial_state is None:
         value = inputs[mechanism.value_input]
-        dtype = scan_state_dtype(inputs)
+        dtype = scan_state_dtype(mechanism, inputs)
         shapes = mechanism.state_spec(sizes)
         initial_state = {
             name: torch.zeros((len(cu_seqlens) - 1, *shape), dtype=dtype, device=value.device)
@@ -106,13 +108,17 @@ def choose_backend(mechanism: Mechanism, backend: str = "auto") -> BackendChoice
         if mechanism.has_chunked_form:
             choice = BackendChoice("chunked", "the rule is affine in its state, so the chunked matmul form applies")
         else:
-            choice = BackendChoice("reference", "the rule declares no affine structure, so its step is lifted")
+            choice = BackendChoice(
+                "reference", "the rule declares no affine structure with a chunked form, so its step is lifted"
+            )
         log_choice(mechanism.name, choice)
         return choice
     if backend not in BACKENDS:
         raise BackendError(f"backend = {backend!r} is unknown; known: {', '.join(get_args(Backend))}")
     if backend == "chunked" and not mechanism.has_chunked_form:
-        raise BackendError(f"backend = 'chunked' can't run {mechanism.name!r}: it declares no affine structure")
+        raise BackendError(
+            f"backend = 'chunked' can't run {mechanism.name!r}: it declares no affine structure that has one"
+        )
     return BackendChoice(backend, "asked for")
 
 
@@ -135,13 +141,10 @@ def as_mechanism(mechanism: str | MechanismSpec | Mechanism) -> Mechanism:
 
 
 def read_sizes(mechanism: Mechanism, inputs: Inputs) -> Sizes:
-    """The size of each axis that the inputs have, read off their shapes; nothing is checked."""
+    """The size of each axis, read off the inputs' shapes; nothing but their names is checked."""
+    check_input_names(mechanism, inputs)
     sizes = dict(mechanism.sizes)
     for name, domain in mechanism.inputs_domain().items():
-        tensor = inputs[name]
-        axes = domain.axes.split()
-        if axes[0] != "T" and has_time(domain.axes, tensor):
-            axes = ["T", *axes]
-        sizes.update(zip(axes, tensor.shape, strict=True))
+        sizes.update(zip(axes_of(domain.axes, inputs[name]), inputs[name].shape, strict=True))
     sizes.setdefault("G", sizes.get("H", 1))
     return sizes

@@ -38,7 +38,7 @@ def parse_part(kind: str, value: Any) -> Any:
         return registry().find(kind, name).Spec.model_validate(value)  # type: ignore[attr-defined]
     if isinstance(value, BaseModel):
         spec = registry().find(kind, getattr(value, "kind", "")).Spec  # type: ignore[attr-defined]
-        if not isinstance(value, spec):
+        if type(value) is not spec:
             raise ValueError(f"{kind} {value!r} is a {type(value).__name__}, the registered spec is {spec.__name__}")
         return value
     raise ValueError(f"{kind} must be a name, a dict or a spec, got {type(value).__name__}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from momkit.checks import FLOATS, check_cu_seqlens
+from momkit.checks import FLOATS, check_cu_seqlens, check_finite
 from momkit.errors import InputError
 
 
@@ -24,6 +24,7 @@ class Tokens:
         check_hidden_states(x, hidden_size)
         if x.ndim not in (2, 3):
             raise InputError(f"x has shape {tuple(x.shape)}; allowed: [B, T, D], or packed [T, D]")
+        check_finite(x, "x")
         packed = x.reshape(-1, hidden_size)
         if cu_seqlens is None:
             num_sequences, length = (1, len(x)) if x.ndim == 2 else x.shape[:2]

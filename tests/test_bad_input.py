@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,7 +11,10 @@ from pydantic import ValidationError
 import momkit
 from momkit import MoMSpec, scan
 from momkit.errors import BackendError, InputError, UnknownNameError
+from momkit.mechanisms.base import Context, Projection
+from momkit.registry import find_mechanism, temporarily
 from momkit.routing.base import RouterContext
+from momkit.routing.softmax_topk import SoftmaxTopK, SoftmaxTopKSpec
 
 T, H, K, V = 6, 2, 4, 3
 
@@ -42,6 +45,13 @@ def gated(**kwargs: Any) -> Callable[[], Any]:
 
 SCAN_CASES = {
     "unknown mechanism": (lambda: scan("gated_deltanets", inputs()), UnknownNameError, "gated_deltanet (momkit)"),
+    "inputs no dict": (lambda: scan("gla", 5), InputError, "inputs must be a dict"),
+    "state no dict": (gated(initial_state=5), InputError, "initial_state must be a dict"),
+    "slots of another spec": (
+        lambda: scan(find_mechanism("gsa").Spec(num_slots=K + 1), sample("gsa")),
+        InputError,
+        "num_slots = 5",
+    ),
     "mechanism of a wrong type": (lambda: scan(3, inputs()), InputError, "mechanism"),
     "input missing": (gated(inputs=inputs(g=None)), InputError, "g missing"),
     "input unknown": (gated(inputs=inputs(gk=torch.zeros(T, H, K))), InputError, "gk unknown"),
@@ -126,7 +136,9 @@ SCAN_CASES = {
 def sample(name: str) -> dict[str, torch.Tensor]:
     from momkit.scan import as_mechanism
 
-    return as_mechanism(name).sample(torch.Generator().manual_seed(0), {"T": T, "H": H, "G": H, "K": K, "V": K})
+    return as_mechanism(name).sample(
+        torch.Generator().manual_seed(0), {"T": T, "H": H, "G": H, "K": K, "V": K, "slots": K}
+    )
 
 
 @pytest.mark.parametrize("case", SCAN_CASES, ids=lambda c: c.replace(" ", "-"))
@@ -188,6 +200,32 @@ def foreign_state() -> Any:
     return MoMSpec(hidden_size=16, num_memories=3).build().initial_state(2)
 
 
+def integer_state() -> Any:
+    mom = MoMSpec(hidden_size=16).build()
+    state = mom.initial_state(2)
+    return mom(torch.zeros(2, 5, 16), replace(state, recurrent={"S": state.recurrent["S"].long()}))
+
+
+def routed(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], Any]:
+    """A block whose router gets its memory ids wrong."""
+
+    class WrongSpec(SoftmaxTopKSpec):
+        kind: Literal["wrong"] = "wrong"  # type: ignore[assignment]
+
+    class Wrong(SoftmaxTopK):
+        Spec = WrongSpec
+
+        def route(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+            routing = super().route(x, mask)
+            return replace(routing, memory_ids=change(routing.memory_ids))
+
+    def call() -> Any:
+        with temporarily(Wrong):
+            return MoMSpec(hidden_size=16, router="wrong").build()(torch.randn(1, 60, 16))
+
+    return call
+
+
 BLOCK_CASES = {
     "x no tensor": (block(x=[[0.0]]), "x must be a tensor"),
     "x of integers": (block(x=torch.zeros(2, 5, 16, dtype=torch.int64)), "x is torch.int64"),
@@ -213,6 +251,31 @@ BLOCK_CASES = {
         lambda: MoMSpec(hidden_size=16, mechanism="titans").build(backend="chunked"),
         "can't run 'titans'",
     ),
+    "state of integers": (integer_state, "state.recurrent['S'] is torch.int64"),
+    "state no tensors": (
+        lambda: step(torch.zeros(2, 16), recurrent={"S": 0})(),
+        "state.recurrent['S'] must be a tensor",
+    ),
+    "block from a dict": (lambda: momkit.MoMBlock({"hidden_size": 16}), "spec must be a MoMSpec"),
+    "layer beyond the last": (lambda: MoMSpec(hidden_size=16).build(layer_index=2, num_layers=2), "layer_index = 2"),
+    "context without layers": (lambda: Context(16, 0, 0), "num_layers = 0"),
+    "projection without axes": (lambda: Projection("z", (), l2=True), "shape = ()"),
+    "projection of a bad name": (lambda: Projection("a.b", (2,)), "projection 'a.b'"),
+    "projection of a bad activation": (lambda: Projection("z", (2,), activation="relu"), "activation = 'relu'"),  # type: ignore[arg-type]
+    "conv bias without conv": (lambda: Projection("z", (2,), conv_bias=True), "conv_bias = True needs conv"),
+    "select beyond the batch": (
+        lambda: MoMSpec(hidden_size=16).build().initial_state(2).select(cu(2)),
+        "index holds [2]",
+    ),
+    "select by floats": (
+        lambda: MoMSpec(hidden_size=16).build().initial_state(2).select(torch.zeros(1)),
+        "index must be",
+    ),
+    "fraction of a batch": (lambda: MoMSpec(hidden_size=16).build().initial_state(2.5), "batch_size = 2.5"),
+    "router with ids beyond the memories": (routed(lambda ids: ids + 1), "routing.memory_ids hold"),
+    "router with one memory twice": (routed(lambda ids: ids * 0), "twice for one token"),
+    "router with too many choices": (routed(lambda ids: torch.cat([ids, ids], 1)), "routing.memory_ids is"),
+    "router with ids of int32": (routed(lambda ids: ids.int()), "routing.memory_ids is"),
     "negative batch": (lambda: MoMSpec(hidden_size=16).build().initial_state(-1), "batch_size = -1"),
 }
 
@@ -237,8 +300,14 @@ def test_values_are_checked_on_request(monkeypatch: pytest.MonkeyPatch):
     x[0, 1, 0] = torch.nan
     mom(x)
     monkeypatch.setenv("MOMKIT_CHECK", "1")
-    with pytest.raises(InputError, match=r"routing.logits hold NaN"):
+    with pytest.raises(InputError, match=r"x holds NaN or inf"):
         mom(x)
+    mom.router.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match=r"routing.logits holds NaN or inf"):
+        mom(torch.zeros(1, 3, 16))
+    with pytest.raises(InputError, match=r"initial_state\['S'\] holds NaN"):
+        scan("gated_deltanet", inputs(), initial_state={"S": torch.full((1, H, K, V), torch.nan)})
+    scan("gated_deltanet", inputs(g=torch.full((T, H), -torch.inf)))
     with pytest.raises(InputError, match="q holds NaN"):
         scan("gated_deltanet", inputs(q=torch.full((T, H, K), torch.nan)))
 

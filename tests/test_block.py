@@ -90,9 +90,9 @@ def test_the_papers_block_by_name():
         "router.weight",
         "project.shared_weight",
         "project.memory_weight",
-        "project.conv_weight.q",
-        "project.conv_weight.k",
-        "project.conv_weight.v",
+        "project.q_conv_weight",
+        "project.k_conv_weight",
+        "project.v_conv_weight",
         "gate_proj.weight",
         "out_proj.weight",
     }

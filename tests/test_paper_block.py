@@ -58,7 +58,7 @@ class PaperLayer:
         self.k, self.v, self.b, self.a = np.split(
             w["project.memory_weight"], [key, key + value, key + value + self.heads], 1
         )
-        self.conv = {name: w[f"project.conv_weight.{name}"] for name in "qkv"} if spec.conv_size else {}
+        self.conv = {name: w[f"project.{name}_conv_weight"] for name in "qkv"} if spec.conv_size else {}
 
     def fresh(self) -> list[Memory]:
         """Memories of one sequence before its first token, the shared one last."""

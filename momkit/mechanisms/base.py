@@ -6,11 +6,13 @@ Letters: T packed tokens, N segments, H heads, G key heads (H = G * r), K key di
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
+
+from momkit.errors import InputError
 
 Inputs = dict[str, Tensor]
 State = dict[str, Tensor]
@@ -22,6 +24,8 @@ class MechanismSpec(BaseModel):
     """Settings of one update rule; `kind` is the name it is registered under."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    # the axis that a field sets the size of, by the field's name
+    axes: ClassVar[dict[str, str]] = {}
     kind: str = ""
 
     def sizes(self, hidden_size: int) -> Sizes:
@@ -36,6 +40,7 @@ class HeadSpec(MechanismSpec):
     hidden_size / 4, at most 256. `head_v_dim` follows `head_dim`, `scale` is K^-1/2.
     """
 
+    axes: ClassVar[dict[str, str]] = {"num_heads": "H", "head_dim": "K", "head_v_dim": "V"}
     num_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
     head_v_dim: PositiveInt | None = None
@@ -60,6 +65,11 @@ class Context:
     layer_index: int = 0
     num_layers: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.layer_index < self.num_layers:
+            allowed = f"0 to {self.num_layers - 1}, since num_layers = {self.num_layers}"
+            raise InputError(f"layer_index = {self.layer_index}; allowed: {allowed}")
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -77,6 +87,17 @@ class Projection:
     conv_bias: bool = False
     activation: Activation = "none"
     l2: bool = False
+
+    def __post_init__(self) -> None:
+        what = f"projection {self.name!r}"
+        if not self.name.isidentifier():
+            raise InputError(f"{what}: allowed are names that are Python identifiers")
+        if self.activation not in get_args(Activation):
+            raise InputError(f"{what}: activation = {self.activation!r}; allowed: {', '.join(get_args(Activation))}")
+        if not self.shape or min(self.shape) < 1:
+            raise InputError(f"{what}: shape = {self.shape}; allowed: one axis or more, each of size 1 or more")
+        if self.conv_bias and not self.conv:
+            raise InputError(f"{what}: conv_bias = True needs conv = True")
 
     @property
     def width(self) -> int:
@@ -224,8 +245,10 @@ class Mechanism(nn.Module):
 
     @property
     def has_chunked_form(self) -> bool:
-        """Whether the rule is affine, or composed of affine scans."""
-        return self.structure is not None or type(self).compose is not Mechanism.compose
+        """Whether the rule is composed of affine scans, or is one that the chunked scan covers."""
+        if type(self).compose is not Mechanism.compose:
+            return True
+        return self.structure is not None and not (self.structure.decay == "value" and self.structure.erase != "none")
 
     def state_spec(self, sizes: Sizes | None = None) -> dict[str, tuple[int, ...]]:
         """The shape of each state of one segment; `sizes` defaults to the module's own."""
@@ -251,6 +274,12 @@ class Mechanism(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.sizes}"
+
+
+def axes_of(axes: str, tensor: Tensor) -> list[str]:
+    """The axes of one input as it was given: a constant may have been expanded along time, as `freeze` does."""
+    names = axes.split()
+    return ["T", *names] if names[0] != "T" and tensor.ndim == len(names) + 1 else names
 
 
 def take(tensors: Mapping[str, Tensor], names: str) -> tuple[Tensor, ...]:

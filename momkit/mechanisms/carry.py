@@ -60,13 +60,14 @@ class Carry(torch.autograd.Function):
         whole: Tensor,
         counts: list[int],
         write: Tensor | None,
-        U: Tensor | None,
-        W: Tensor | None,
+        V: Tensor | None,
+        K: Tensor | None,
+        T: Tensor | None,
         B: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         starts = S.new_empty(len(whole), *S.shape[1:])
-        E = None if U is None else torch.empty_like(U)
-        Us, Ws, Bs, Es, writes = (split(x, counts) for x in (U, W, B, E, write))
+        Z, E = (None, None) if V is None else (torch.empty_like(V), torch.empty_like(V))
+        Vs, Ks, Ts, Bs, Zs, Es, writes = (split(x, counts) for x in (V, K, T, B, Z, E, write))
         states, wholes = starts.split(counts), whole.split(counts)
         retired: list[Tensor] = []
         states[0].copy_(S)
@@ -75,25 +76,26 @@ class Carry(torch.autograd.Function):
             torch.mul(states[t], wholes[t], out=after)
             if writes:
                 after.add_(writes[t])
-            if Us:
-                torch.baddbmm(Us[t], Ws[t], states[t], alpha=-1, out=Es[t])
+            if Vs:
+                torch.baddbmm(Vs[t], Ks[t], states[t], alpha=-1, out=Zs[t])
+                torch.bmm(Ts[t], Zs[t], out=Es[t])
                 after.baddbmm_(Bs[t].mT, Es[t])
             if alive < counts[t]:
                 retired.append(after[alive:])
             if 0 < alive < counts[t]:
                 states[t + 1].copy_(after[:alive])
-        ctx.save_for_backward(starts, whole, E, W, B)
+        ctx.save_for_backward(starts, whole, Z, E, K, T, B)
         ctx.counts = counts
         return starts, E, torch.cat(retired[::-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_starts: Tensor, d_E: Tensor | None, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        starts, whole, E, W, B = ctx.saved_tensors
+        starts, whole, Z, E, K, T, B = ctx.saved_tensors
         counts = ctx.counts
         d_next = torch.empty_like(starts)
-        d_U = None if E is None else torch.empty_like(E)
-        Ws, Bs, d_Es, d_Us = (split(x, counts) for x in (W, B, d_E, d_U))
+        d_Z, d_write_E = (None, None) if E is None else (torch.empty_like(E), torch.empty_like(E))
+        Ks, Ts, Bs, d_Es, d_Zs, d_writes = (split(x, counts) for x in (K, T, B, d_E, d_Z, d_write_E))
         d_after, d_start, wholes = d_next.split(counts), d_starts.split(counts), whole.split(counts)
         # lanes that drop out after a chunk time come in there with the gradient of their final state
         for at, count, alive in zip(d_after, counts, [*counts[1:], 0], strict=True):
@@ -102,15 +104,17 @@ class Carry(torch.autograd.Function):
         for t in reversed(range(len(counts))):
             before = d_after[t - 1][: counts[t]] if t else d_S
             torch.addcmul(d_start[t], wholes[t], d_after[t], out=before)
-            if d_Us:
-                torch.baddbmm(d_Es[t], Bs[t], d_after[t], out=d_Us[t])
-                before.baddbmm_(Ws[t].mT, d_Us[t], alpha=-1)
+            if d_Zs:
+                torch.baddbmm(d_Es[t], Bs[t], d_after[t], out=d_writes[t])
+                torch.bmm(Ts[t].mT, d_writes[t], out=d_Zs[t])
+                before.baddbmm_(Ks[t].mT, d_Zs[t], alpha=-1)
         d_whole = dot_to_size(starts, d_next, whole.shape) if ctx.needs_input_grad[1] else None
         d_write = d_next if ctx.needs_input_grad[3] else None
-        if E is None or d_U is None:
-            return d_S, d_whole, None, d_write, None, None, None
-        d_W = torch.baddbmm(W, d_U, starts.mT, beta=0, alpha=-1)
-        return d_S, d_whole, None, d_write, d_U, d_W, torch.bmm(E, d_next.mT)
+        if E is None or d_Z is None or d_write_E is None:
+            return d_S, d_whole, None, d_write, None, None, None, None
+        d_K = torch.baddbmm(K, d_Z, starts.mT, beta=0, alpha=-1)
+        d_T, d_B = torch.bmm(d_write_E, Z.mT), torch.bmm(E, d_next.mT)
+        return d_S, d_whole, None, d_write, d_Z, d_K, d_T, d_B
 
 
 def dot_to_size(x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
@@ -130,13 +134,16 @@ def carry(
     whole: Tensor,
     counts: list[int],
     write: Tensor | None = None,
-    erase: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
+    erase: tuple[Tensor, Tensor, Tensor, Tensor] | tuple[None, None, None, None] = (None, None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States from chunk to chunk, E_t = U_t - W_t S_t and S_{t+1} = whole_t S_t + write_t + B_t^T E_t, erase = U, W, B.
+    """States from chunk to chunk: S_{t+1} = whole_t S_t + write_t + B_t^T E_t, E_t = T_t (V_t - K_t S_t).
 
-    S `[lanes, K, V]`; the others hold `counts[0]` rows for chunk time 0, then `counts[1]` for time 1, ... as lanes
-    drop out from the end: whole `[rows, K or 1, V or 1]`, write `[rows, K, V]`, U `[rows, C, V]`, W, B `[rows, C, K]`.
-    Returns the state at the start of each chunk `[rows, K, V]`, E `[rows, C, V]` (None without erases), final states.
+    erase is (V, K, T, B). What the state holds is taken off V before T, which is ill-conditioned when keys are
+    alike, is applied.
+    S `[lanes, K, V]`; the others hold `counts[0]` rows for chunk time 0, then `counts[1]` for time 1, ... as lanes drop
+    out from the end: whole `[rows, K or 1, V or 1]`, write `[rows, K, V]`, V `[rows, C, V]`, K, B `[rows, C, K]`,
+    T `[rows, C, C]`. Returns the state at the start of each chunk `[rows, K, V]`, E `[rows, C, V]` (None without
+    erases), final states.
     """
     starts, E, final = Carry.apply(S, whole, counts, write, *erase)  # type: ignore[no-untyped-call]
     return starts, E, final

@@ -78,7 +78,7 @@ class Layout:
             tensor = getattr(x, name)
             if tensor is None:
                 continue
-            constant = tensor.ndim == 1 or (name == "u" and tensor.ndim == 2)
+            constant = tensor.ndim < (2 if name in ("g", "beta") else 3)
             tensor = (tensor.expand(T, *tensor.shape) if constant else tensor).to(S0.dtype)
             # head h reads key head h // (H / G)
             tensor = tensor if tensor.shape[1] == H else tensor.repeat_interleave(H // tensor.shape[1], dim=1)

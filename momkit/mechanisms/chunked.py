@@ -28,8 +28,8 @@ def scan_chunked(
 ) -> tuple[Tensor, State]:
     """Run an affine rule over every segment; rows that no segment covers come out as zeros."""
     if not mechanism.has_chunked_form:
-        raise BackendError(f"{mechanism.name} states no structure, so it has no chunked form; use backend='reference'")
-    dtype = scan_state_dtype(inputs)
+        raise BackendError(f"{mechanism.name} has no chunked form: it states no affine structure that has one")
+    dtype = scan_state_dtype(mechanism, inputs)
     axes = {name: domain.axes for name, domain in mechanism.inputs_domain().items()}
     layout = Layout.of(cu_seqlens, CHUNK_SIZE)
 
@@ -40,7 +40,8 @@ def scan_chunked(
         name: (layout.covered_only(tensor) if has_time(axes[name], tensor) else tensor).to(dtype)
         for name, tensor in inputs.items()
     }
-    state = {name: tensor.to(dtype) for name, tensor in initial_state.items()}
+    # copies, since a rule may pass a state through and callers change states in place
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in initial_state.items()}
     output, final = mechanism.compose(wide, state, affine)
     return layout.covered_only(output).to(inputs[mechanism.value_input].dtype), final
 
@@ -94,8 +95,7 @@ def scan_keys(structure: Structure, x: Affine, before: bool, S: Tensor, counts: 
         beta = need(x, "beta")
         p = relate(structure, x, [reader, Row(x.k, previous)], [x.k])
         inverse = unit_lower_inverse(p.between[1][0] * beta[..., None]) * beta[:, None, :]
-        erase = torch.bmm(inverse, x.v), torch.bmm(inverse, p.seen[1]), p.kept[0]
-        starts, E, S = carry(S, p.whole, counts, erase=erase)
+        starts, E, S = carry(S, p.whole, counts, erase=(x.v, p.seen[1], inverse, p.kept[0]))
         inside = torch.bmm(p.between[0][0], E)
     else:
         # E = what a reads, from the state and from the writes v and E of earlier tokens
@@ -103,7 +103,7 @@ def scan_keys(structure: Structure, x: Affine, before: bool, S: Tensor, counts: 
         p = relate(structure, x, [reader, Row(-a, previous)], [x.k, b])
         inverse = unit_lower_inverse(p.between[1][1])
         from_v = torch.bmm(p.between[1][0].tril(-1), x.v)
-        erase = -torch.bmm(inverse, from_v), torch.bmm(inverse, p.seen[1]), p.kept[1]
+        erase = -from_v, p.seen[1], inverse, p.kept[1]
         starts, E, S = carry(S, p.whole, counts, write=torch.bmm(p.kept[0].mT, x.v), erase=erase)
         inside = torch.baddbmm(torch.bmm(p.between[0][0], x.v), p.between[0][1], E)
     return torch.baddbmm(inside, p.seen[0], starts), S

@@ -1,6 +1,6 @@
 """Gated slot attention."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -29,6 +29,7 @@ class GatedSlotAttentionSpec(HeadSpec):
     """Settings of gated slot attention; forget gates are sigmoids to the power 1 / `gate_logit_normalizer`."""
 
     kind: Literal["gsa"] = "gsa"
+    axes: ClassVar[dict[str, str]] = HeadSpec.axes | {"num_slots": "slots"}
     num_slots: PositiveInt = 64
     gate_logit_normalizer: float = Field(default=8.0, gt=0, allow_inf_nan=False)
 

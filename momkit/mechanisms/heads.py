@@ -21,7 +21,4 @@ def depth(context: Context | None) -> float:
     """How far up a model a layer stands: 0 the first, 1 the last, 0 the only one."""
     if context is None:
         raise InputError("context = None: a rule whose constants depend on its layer needs a Context")
-    index, count = context.layer_index, context.num_layers
-    if not 0 <= index < count:
-        raise InputError(f"layer_index = {index}; allowed: 0 to {count - 1}, since num_layers = {count}")
-    return index / max(1, count - 1)
+    return context.layer_index / max(1, context.num_layers - 1)

@@ -1,6 +1,6 @@
 """Mamba's selective scan."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -29,6 +29,7 @@ class MambaSpec(MechanismSpec):
     """
 
     kind: Literal["mamba"] = "mamba"
+    axes: ClassVar[dict[str, str]] = {"channels": "channels", "state_dim": "N"}
     expand: PositiveInt = 2
     channels: PositiveInt | None = None
     state_dim: PositiveInt = 16

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from momkit.mechanisms.base import Inputs, Mechanism, Sizes, State
+from momkit.errors import InputError
+from momkit.mechanisms.base import Inputs, Mechanism, Sizes, State, axes_of
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,16 @@ class Lanes:
         return Lanes(cu[segments[lane]] + time, alive.sum(1).tolist(), segments)
 
 
-def scan_state_dtype(inputs: Inputs) -> torch.dtype:
-    """States are float32, or float64 when any input is."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs.values()) else torch.float32
+def scan_state_dtype(mechanism: Mechanism, inputs: Inputs) -> torch.dtype:
+    """States are float32, or float64 when any input of the tokens is."""
+    axes = {name: domain.axes for name, domain in mechanism.inputs_domain().items()}
+    wide = any(x.dtype == torch.float64 and has_time(axes[name], x) for name, x in inputs.items())
+    return torch.float64 if wide else torch.float32
 
 
 def has_time(axes: str, tensor: Tensor) -> bool:
-    """Whether an input varies over tokens: a constant may have been expanded along time, as `freeze` does."""
-    names = axes.split()
-    return names[0] == "T" or tensor.ndim == len(names) + 1
+    """Whether an input varies over tokens."""
+    return axes_of(axes, tensor)[0] == "T"
 
 
 def repeat_key_heads(axes: str, tensor: Tensor, sizes: Sizes) -> Tensor:
@@ -60,7 +62,7 @@ def scan_reference(
 ) -> tuple[Tensor, State]:
     """Run `mechanism.step` over every segment; rows that no segment covers come out as zeros."""
     domain = mechanism.inputs_domain()
-    dtype = scan_state_dtype(inputs)
+    dtype = scan_state_dtype(mechanism, inputs)
     lanes = Lanes.of(cu_seqlens)
     constants: Inputs = {}
     columns: dict[str, tuple[Tensor, ...]] = {}
@@ -80,7 +82,10 @@ def scan_reference(
             retired[name].append(tensor[count:alive])
         state = {name: tensor[:count] for name, tensor in state.items()}
         alive = count
-        state, output = mechanism.step(state, constants | {name: column[t] for name, column in columns.items()})
+        new_state, output = mechanism.step(state, constants | {name: column[t] for name, column in columns.items()})
+        if new_state.keys() != state.keys():
+            raise InputError(f"{mechanism.name}: step returned states {list(new_state)}; allowed: {list(state)}")
+        state = {name: new_state[name] for name in state}
         outputs.append(output)
 
     back = torch.empty_like(lanes.segments)

@@ -46,7 +46,7 @@ class RWKV6(Mechanism):
     def make_parameters(self) -> None:
         H, K = self.sizes["H"], self.sizes["K"]
         height = depth(self.context)
-        channel = torch.arange(H * K, dtype=torch.float32)
+        channel = torch.arange(H * K, dtype=torch.get_default_dtype())
         position = channel / max(1, H * K - 1)
         self.w0 = nn.Parameter((5 * position ** (0.7 + 1.3 * height) - 6).view(H, K))
         self.decay_weight = nn.Parameter(torch.empty(H * K, self.spec.gate_low_rank).uniform_(-0.01, 0.01))

@@ -25,7 +25,7 @@ def weight_of(block: MoMBlock, p: Projection, memory: int) -> Tensor:
 
 def conv_by_hand(block: MoMBlock, p: Projection, x: Tensor, writes: list[bool]) -> Tensor:
     """Each row sees itself and the last rows before it that write."""
-    weight = block.project.conv_weight[p.name]
+    weight = block.project.get_parameter(f"{p.name}_conv_weight")
     past = [x.new_zeros(p.width)] * (weight.shape[1] - 1)
     rows = []
     for row, enters in zip(x, writes, strict=True):
@@ -34,7 +34,7 @@ def conv_by_hand(block: MoMBlock, p: Projection, x: Tensor, writes: list[bool]) 
         if enters:
             past = [*past, row][1:]
     y = torch.stack(rows) if rows else x
-    return y + block.project.conv_bias[p.name] if p.conv_bias else y
+    return y + block.project.get_parameter(f"{p.name}_conv_bias") if p.conv_bias else y
 
 
 def project_by_hand(block: MoMBlock, x: Tensor, memory: int, writes: list[bool]) -> Inputs:
@@ -43,7 +43,7 @@ def project_by_hand(block: MoMBlock, x: Tensor, memory: int, writes: list[bool])
     for p in block.project.order:
         y = x @ weight_of(block, p, memory).T
         if p.bias:
-            bias = block.project.bias[p.name]
+            bias = block.project.get_parameter(f"{p.name}_bias")
             y = y + bias[memory if len(bias) > 1 else 0]
         if p in block.project.convolved:
             y = conv_by_hand(block, p, y, writes)

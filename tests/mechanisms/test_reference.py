@@ -141,10 +141,13 @@ def test_lanes_hold_every_covered_row_once(lengths: list[int], tail: int) -> Non
 
 
 def test_states_are_float32_or_float64() -> None:
-    half, single, double = (torch.zeros(1, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float64))
-    assert scan_state_dtype({"q": half, "k": half}) == torch.float32
-    assert scan_state_dtype({"q": half, "k": single}) == torch.float32
-    assert scan_state_dtype({"q": half, "k": double}) == torch.float64
+    """Float64 with any float64 input of the tokens; a constant does not decide."""
+    half, single, double = (torch.zeros(1, 1, 1, dtype=d) for d in (torch.bfloat16, torch.float32, torch.float64))
+    rule = as_mechanism("retention")
+    constant = {"g": double[0, 0]}
+    assert scan_state_dtype(rule, {"q": half, "k": half} | constant) == torch.float32
+    assert scan_state_dtype(rule, {"q": half, "k": single} | constant) == torch.float32
+    assert scan_state_dtype(rule, {"q": half, "k": double} | constant) == torch.float64
 
 
 def test_has_time() -> None:
