@@ -80,7 +80,8 @@ def flops_per_token(block: MoMBlock) -> dict[str, int]:
     """Floating point operations to take in one token, by part of the block, forward alone: an estimate.
 
     A matmul of [m, k] and [k, n] is 2 m n k, an elementwise operation one an element, a reduction one an element that
-    it reads; moving data is nothing. What is per memory, and the rule, run once for each of the token's J slots. The
+    it reads; moving data is nothing. The projections' biases, activations and norms, a percent or two, are left out.
+    What is per memory, and the rule, run once for each of the token's J slots. The
     rule is its one step, as in decoding: the chunked form of training does more, in larger matmuls. A backward pass
     costs about twice the forward one.
     """

@@ -139,6 +139,21 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) 
         raise InputError(f"cu_seqlens ends at {bounds[-1]}; allowed: T = {num_tokens}")
 
 
+def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """A mask over tokens of some shape, as `[T]` bool; 0 and 1 of any integer type are taken too."""
+    if not isinstance(mask, Tensor):
+        raise InputError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.shape != shape:
+        raise InputError(f"mask has shape {tuple(mask.shape)}; allowed: {tuple(shape)}, as the tokens")
+    if mask.device != device:
+        raise InputError(f"mask is on {mask.device}, the tokens are on {device}")
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise InputError(f"mask is {mask.dtype}; allowed: bool, or integers 0 and 1")
+    if mask.dtype != torch.bool and checking_values(mask) and bool(((mask != 0) & (mask != 1)).any()):
+        raise InputError("mask holds values other than 0 and 1")
+    return mask.reshape(-1).bool()
+
+
 def check_state(
     mechanism: Mechanism,
     sizes: Sizes,

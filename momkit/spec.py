@@ -69,6 +69,16 @@ MechanismField = Annotated[SerializeAsAny[MechanismSpec], Registered("mechanism"
 RouterField = Annotated[SerializeAsAny[RouterSpec], Registered("router")]
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key said twice is a fault, not a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {repeated[0]!r} is said twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 class SpecFile(BaseModel):
     """A frozen description that reads and writes YAML and JSON; unknown keys are refused."""
 
@@ -78,7 +88,7 @@ class SpecFile(BaseModel):
     def from_yaml(cls, text: str) -> Self:
         """From YAML text (JSON is YAML too); text that is no YAML is an InputError."""
         try:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, UniqueKeys)
         except yaml.YAMLError as fault:
             raise InputError(f"not YAML: {' '.join(str(fault).split())}") from fault
         return cls.model_validate(data)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from momkit.checks import FLOATS, check_cu_seqlens, check_finite
+from momkit.checks import FLOATS, check_cu_seqlens, check_finite, check_mask
 from momkit.errors import InputError
 
 
@@ -34,7 +34,7 @@ class Tokens:
                 raise InputError(f"x has B = {len(x)} with cu_seqlens; allowed: packed [T, D], or B = 1")
             check_cu_seqlens(cu_seqlens, len(packed), x.device)
         if mask is not None:
-            mask = check_mask(mask, x)
+            mask = check_mask(mask, x.shape[:-1], x.device)
             packed = torch.where(mask[:, None], packed, 0.0)
         return Tokens(packed, cu_seqlens, mask, x.shape)
 
@@ -51,18 +51,3 @@ def check_hidden_states(x: Tensor, hidden_size: int) -> None:
         raise InputError(f"x is {x.dtype}; allowed: float32, float64, bfloat16, float16")
     if x.ndim < 1 or x.shape[-1] != hidden_size:
         raise InputError(f"x has shape {tuple(x.shape)}; its last axis must be hidden_size = {hidden_size}")
-
-
-def check_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask over the tokens of x, as `[T]` bool; 0 and 1 of any integer type are taken too."""
-    if not isinstance(mask, Tensor):
-        raise InputError(f"mask must be a tensor, got {type(mask).__name__}")
-    if mask.shape != x.shape[:-1]:
-        raise InputError(f"mask has shape {tuple(mask.shape)}; allowed: {tuple(x.shape[:-1])}, as x")
-    if mask.device != x.device:
-        raise InputError(f"mask is on {mask.device}, x on {x.device}")
-    if mask.dtype.is_floating_point or mask.dtype.is_complex:
-        raise InputError(f"mask is {mask.dtype}; allowed: bool, or integers 0 and 1")
-    if mask.dtype != torch.bool and mask.device.type == "cpu" and bool(((mask != 0) & (mask != 1)).any()):
-        raise InputError("mask holds values other than 0 and 1")
-    return mask.reshape(-1).bool()

@@ -164,6 +164,13 @@ class Affine:
     u: Tensor | None = None
     scale: float = 1.0
 
+    def need(self, name: str) -> Tensor:
+        """An input that a structure calls for."""
+        tensor: Tensor | None = getattr(self, name)
+        if tensor is None:
+            raise InputError(f"the rule's structure calls for {name!r}, and lower(inputs) left it out")
+        return tensor
+
 
 # structure, inputs, initial S [N, H, K, V] -> output [T, H, V], final S
 AffineScan = Callable[[Structure, Affine, Tensor], tuple[Tensor, Tensor]]

@@ -78,7 +78,7 @@ def scan_chunks(structure: Structure, x: Affine, S: Tensor, counts: list[int]) -
     before = structure.read == "before"
     output, S = (scan_values if structure.decay == "value" else scan_keys)(structure, x, before, S, counts)
     if before and x.u is not None:
-        written = x.v * need(x, "beta")[..., None] if structure.erase == "delta" else x.v
+        written = x.v * x.need("beta")[..., None] if structure.erase == "delta" else x.v
         output = output + (x.q * x.u * x.k).sum(-1, keepdim=True) * written
     return output, S
 
@@ -92,14 +92,14 @@ def scan_keys(structure: Structure, x: Affine, before: bool, S: Tensor, counts: 
         inside = torch.bmm(p.between[0][0], x.v)
     elif structure.erase == "delta":
         # E = beta (v - what k reads) is what each token writes
-        beta = need(x, "beta")
+        beta = x.need("beta")
         p = relate(structure, x, [reader, Row(x.k, previous)], [x.k])
         inverse = unit_lower_inverse(p.between[1][0] * beta[..., None]) * beta[:, None, :]
         starts, E, S = carry(S, p.whole, counts, erase=(x.v, p.seen[1], inverse, p.kept[0]))
         inside = torch.bmm(p.between[0][0], E)
     else:
         # E = what a reads, from the state and from the writes v and E of earlier tokens
-        a, b = need(x, "a"), need(x, "b")
+        a, b = x.need("a"), x.need("b")
         p = relate(structure, x, [reader, Row(-a, previous)], [x.k, b])
         inverse = unit_lower_inverse(p.between[1][1])
         from_v = torch.bmm(p.between[1][0].tril(-1), x.v)
@@ -113,7 +113,7 @@ def scan_values(structure: Structure, x: Affine, before: bool, S: Tensor, counts
     """The scan where decays act on values."""
     if structure.erase != "none":
         raise BackendError(f"{structure} has no chunked form: a decay by value channel allows erase='none' only")
-    decay = ValueDecay(need(x, "gv"))
+    decay = ValueDecay(x.need("gv"))
     kept = decay.kept(x.v)
     starts, _, S = carry(S, decay.whole, counts, write=torch.bmm(x.k.mT, kept[-1]))
     return decay.read(torch.bmm(x.q, x.k.mT), kept, torch.bmm(x.q, starts), before), S
@@ -124,13 +124,5 @@ def relate(structure: Structure, x: Affine, rows: list[Row], cols: list[Tensor])
     if structure.decay == "none":
         return undecayed_pairs(rows, cols)
     if structure.decay == "key":
-        return key_pairs(need(x, "gk"), rows, cols)
-    return head_pairs(need(x, "g"), rows, cols)
-
-
-def need(x: Affine, name: str) -> Tensor:
-    """An input that the structure calls for."""
-    tensor: Tensor | None = getattr(x, name)
-    if tensor is None:
-        raise InputError(f"the rule's structure calls for {name!r}, and lower(inputs) left it out")
-    return tensor
+        return key_pairs(x.need("gk"), rows, cols)
+    return head_pairs(x.need("g"), rows, cols)

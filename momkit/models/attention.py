@@ -67,7 +67,8 @@ class CausalAttention(nn.Module):
             return self.out_proj(x), state
         sequence = sequence_of_token(cu_seqlens, len(x))
         position = torch.arange(len(x), device=x.device) - cu_seqlens.long()[sequence]
-        q, k, v = self.qkv_proj(x).unflatten(1, (3, self.num_heads, self.head_dim)).unbind(1)
+        qkv = self.qkv_proj(x).unflatten(1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.to(state.keys.dtype).unbind(1)  # under autocast the state is wider than what is projected
 
         lengths = state.lengths + cu_seqlens.long().diff()
         capacity = int(lengths.max())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from momkit.block import MoMBlock, parameter_groups
-from momkit.checks import check_cu_seqlens, checking_values
+from momkit.checks import check_cu_seqlens, check_mask, checking_values
 from momkit.errors import InputError
 from momkit.models.attention import KVState
 from momkit.models.layer import Layer
@@ -107,6 +107,8 @@ class MoMLM(nn.Module):
         padding, left or right; hidden states are zeros there. state: what to start from; it is never changed.
         """
         packed, cu_seqlens = self.pack(tokens, cu_seqlens, mask)
+        if state is not None:
+            self.check_state(state, len(cu_seqlens) - 1)
         before = [None] * len(self.layers) if state is None else state.layers
         x = self.dropout(self.embedding(packed))
         after, routings, aux_losses = [], [], []
@@ -140,8 +142,11 @@ class MoMLM(nn.Module):
 
         Logits exist for `chunk_tokens` asked positions at a time, and are computed again in the backward pass.
         """
+        if chunk_tokens < 1:
+            raise InputError(f"chunk_tokens = {chunk_tokens}; allowed: 1 or more")
+        self.check_tokens(targets, "targets", IGNORE)
         out = self(tokens, cu_seqlens=cu_seqlens, mask=mask)
-        hidden, asked = pick_asked(out.hidden_states, targets)
+        hidden, asked = pick_asked(out.hidden_states, targets.long())
         total = out.aux_loss.new_zeros(())
         chunks = list(zip(hidden.split(chunk_tokens), asked.split(chunk_tokens), strict=True))
         for part, target in chunks:
@@ -166,6 +171,7 @@ class MoMLM(nn.Module):
         self.check_tokens(tokens)
         if tokens.ndim != 1:
             raise InputError(f"tokens has shape {tuple(tokens.shape)}; allowed: [B]")
+        self.check_state(state, len(tokens))
         x = self.dropout(self.embedding(tokens))
         for i, layer in enumerate(self.layers):
             x, state.layers[i] = cast(Layer, layer).step(x, state.layers[i])
@@ -199,20 +205,34 @@ class MoMLM(nn.Module):
         if mask is None:
             num_sequences, length = (1, len(tokens)) if tokens.ndim == 1 else tokens.shape
             return tokens.reshape(-1), torch.arange(num_sequences + 1, device=tokens.device) * length
-        if tokens.ndim != 2 or mask.shape != tokens.shape:
-            raise InputError(f"mask has shape {tuple(mask.shape)}, tokens {tuple(tokens.shape)}; allowed: both [B, T]")
-        return tokens[mask.bool()], nn.functional.pad(mask.long().sum(1).cumsum(0), (1, 0))
+        if tokens.ndim != 2:
+            raise InputError(f"tokens has shape {tuple(tokens.shape)} with a mask; allowed: [B, T]")
+        real = check_mask(mask, tokens.shape, tokens.device).view(tokens.shape)
+        return tokens[real], nn.functional.pad(real.long().sum(1).cumsum(0), (1, 0))
 
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Integers of the vocabulary, on the model's device."""
+    def check_tokens(self, tokens: Tensor, name: str = "tokens", ignored: int | None = None) -> None:
+        """Integers of the vocabulary, or `ignored`, on the model's device."""
         if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
-            raise InputError(f"tokens must be int32 or int64, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
+            raise InputError(f"{name} must be int32 or int64, got {getattr(tokens, 'dtype', type(tokens).__name__)}")
         if tokens.device != self.embedding.weight.device:
-            raise InputError(f"tokens is on {tokens.device}, the model on {self.embedding.weight.device}")
-        if tokens.numel() and checking_values(tokens):
-            low, high = (int(x) for x in tokens.aminmax())
+            raise InputError(f"{name} is on {tokens.device}, the model on {self.embedding.weight.device}")
+        if checking_values(tokens):
+            real = tokens if ignored is None else tokens[tokens != ignored]
+            low, high = (int(x) for x in real.aminmax()) if real.numel() else (0, 0)
             if low < 0 or high >= self.spec.vocab_size:
-                raise InputError(f"tokens holds {low} to {high}; allowed: 0 to {self.spec.vocab_size - 1}")
+                raise InputError(f"{name} holds {low} to {high}; allowed: 0 to {self.spec.vocab_size - 1}")
+
+    def check_state(self, state: LMState, batch_size: int) -> None:
+        """A state must have an entry of the right kind for each layer, with one row a sequence."""
+        if not isinstance(state, LMState):
+            raise InputError(f"state must be a LMState, got {type(state).__name__}")
+        kinds = [KVState if block is None else MoMState for block in self.blocks()]
+        if [type(layer) for layer in state.layers] != kinds:
+            got = [type(layer).__name__ for layer in state.layers]
+            raise InputError(f"state.layers are {got}; allowed: {[kind.__name__ for kind in kinds]}")
+        for i, layer in enumerate(state.layers):
+            if isinstance(layer, KVState) and len(layer.lengths) != batch_size:
+                raise InputError(f"state.layers[{i}] has {len(layer.lengths)} sequences; allowed: B = {batch_size}")
 
 
 def pick_asked(hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

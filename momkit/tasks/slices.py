@@ -58,6 +58,11 @@ class SlicedSpec(TaskSpec):
         for name in ("train", "eval"):
             if not getattr(self, name):
                 raise ValueError(f"{name}=() must hold at least one slice")
+        groups = [part.group for part in self.eval]
+        if repeated := sorted({group for group in groups if groups.count(group) > 1}):
+            raise ValueError(
+                f"eval has several slices of load {repeated}, which would be scored as one; name each once"
+            )
         return self
 
 

@@ -17,25 +17,22 @@ def affine_step(structure: Structure, S: Tensor, x: Affine) -> tuple[Tensor, Ten
     """
     decayed = S
     if structure.decay in ("constant", "head"):
-        assert x.g is not None
-        decayed = S * x.g.exp()[..., None, None]
+        decayed = S * x.need("g").exp()[..., None, None]
     elif structure.decay == "key":
-        assert x.gk is not None
-        decayed = S * x.gk.exp()[..., None]
+        decayed = S * x.need("gk").exp()[..., None]
     elif structure.decay == "value":
-        assert x.gv is not None
-        decayed = S * x.gv.exp()[..., None, :]
+        decayed = S * x.need("gv").exp()[..., None, :]
 
     seen = decayed if structure.erase_sees == "decayed" else S
-    v, a, b = x.v, x.a, x.b
+    v = x.v
     if structure.erase == "delta":
-        assert x.beta is not None
-        beta = x.beta[..., None]
+        beta = x.need("beta")[..., None]
         v, a, b = beta * v, -beta * x.k, x.k
+    elif structure.erase == "low_rank":
+        a, b = x.need("a"), x.need("b")
     write = outer(x.k, v)
     after = decayed + write
     if structure.erase != "none":
-        assert a is not None and b is not None
         after = after + outer(b, read(seen, a))
 
     if structure.read == "after":

@@ -1,5 +1,6 @@
 """From what a user names to what is checked: a registered name, a spec or a class becomes subjects."""
 
+import re
 from typing import cast
 
 import yaml
@@ -68,13 +69,13 @@ def subjects_of(target: Target, backend: Backend | None = None) -> list[Subject]
 
 def subjects_of_name(name: str, backend: Backend | None = None) -> list[Subject]:
     """The rule of a name, and the router of that name, or the dispatch; options may follow: `gla(num_heads=3)`."""
-    if name == DispatchSubject().name:
-        return [DispatchSubject()]
-    bare, _, options = name.removesuffix(")").partition("(")
-    fields = {
-        field: yaml.safe_load(value) for field, _, value in (o.partition("=") for o in options.split(",")) if field
-    }
-    found = []
+    parts = re.fullmatch(r"(\w+)(?:\((.*)\))?", name)
+    options = [] if parts is None or not parts[2] else parts[2].split(",")
+    if parts is None or not all("=" in option for option in options):
+        raise InputError(f"{name!r} can't be checked; allowed: a name, or NAME(field=value, ...)")
+    bare = parts[1]
+    fields = {field.strip(): yaml.safe_load(value) for field, _, value in (o.partition("=") for o in options)}
+    found: list[list[Subject]] = [[DispatchSubject()]] if bare == DispatchSubject().name else []
     if bare in registry().names("mechanism"):
         rule = find_mechanism(bare)
         found.append(subjects_of_rule(rule, rule.Spec.model_validate(fields), backend))

@@ -23,7 +23,7 @@ from momkit.errors import CheckpointError
 from momkit.models.lm import MoMLM
 from momkit.models.spec import LMSpec
 from momkit.registry import registry
-from momkit.training.config import TrainConfig
+from momkit.training.config import TrainConfig, check_device
 
 FORMAT = "momkit.checkpoint.1"
 
@@ -47,6 +47,7 @@ class Checkpoint:
 
     def build(self, device: str = "cpu") -> MoMLM:
         """The model with its weights."""
+        check_device(device)
         with torch.random.fork_rng(devices=[]):
             model = MoMLM(self.spec, backend=self.config.backend).to(device)
         self.load_weights(model)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
 
 from momkit.errors import InputError
@@ -40,7 +41,7 @@ class TrainConfig(SpecFile):
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     clip: PositiveFloat | None = 1.0
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     eval_every: NonNegativeInt = 0
     eval_batch_size: PositiveInt | None = None
     checkpoint_every: NonNegativeInt = 0
@@ -62,6 +63,19 @@ class TrainConfig(SpecFile):
     def differences(self, other: "TrainConfig") -> list[str]:
         """Names of the fields in which two configs differ."""
         return [name for name in type(self).model_fields if getattr(self, name) != getattr(other, name)]
+
+
+def check_device(device: str) -> str:
+    """A device that torch knows and this machine has."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as fault:
+        raise InputError(f"device = {device!r}; allowed: cpu, cuda, cuda:N") from fault
+    if wanted.type not in ("cpu", "cuda"):
+        raise InputError(f"device = {device!r}; allowed: cpu, cuda, cuda:N")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device = {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def load_config(path: str | Path, **changes: Any) -> TrainConfig:

@@ -65,12 +65,18 @@ class RunFolder:
         if not self.log.exists():
             return []
         found: list[Record] = []
-        lines = self.log.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = self.log.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as fault:
+            raise CheckpointError(f"{self.log} is no UTF-8 text") from fault
         for number, line in enumerate(lines, 1):
             try:
-                found.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError as fault:
                 if number == len(lines):
                     break
                 raise CheckpointError(f"{self.log} line {number} is no JSON") from fault
+            if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+                raise CheckpointError(f"{self.log} line {number} is no record of a run")
+            found.append(record)
         return [record for record in found if kind in (None, record["kind"])]

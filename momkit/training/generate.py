@@ -1,6 +1,7 @@
 """Text from a model, one token at a time, in constant memory."""
 
 import codecs
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -50,14 +51,18 @@ def generate(
     temperature 0 takes the likeliest token. top_k: draw from the k likeliest only. Memory does not grow with the number
     of tokens, unless the model has attention layers.
     """
-    if temperature < 0:
+    if not (math.isfinite(temperature) and temperature >= 0):
         raise InputError(f"temperature = {temperature}; allowed: 0 or more")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed = {seed}; allowed: 0 to 2^63 - 1")
     if top_k is not None and not 1 <= top_k <= model.spec.vocab_size:
         raise InputError(f"top_k = {top_k}; allowed: 1 to {model.spec.vocab_size}")
     if max_tokens < 0:
         raise InputError(f"max_tokens = {max_tokens}; allowed: 0 or more")
     if not prompt:
         raise InputError("prompt is empty; allowed: one token or more")
+    if not 0 <= min(prompt) <= max(prompt) < model.spec.vocab_size:
+        raise InputError(f"prompt holds {min(prompt)} to {max(prompt)}; allowed: 0 to {model.spec.vocab_size - 1}")
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     logits, state = read_prompt(model, prompt)
@@ -85,4 +90,4 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, generator: tor
         return int(logits.argmax())
     if top_k is not None:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+    return int(torch.multinomial(((logits - logits.max()) / temperature).softmax(-1), 1, generator=generator))

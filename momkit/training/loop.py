@@ -1,14 +1,17 @@
 """The training loop: steps, log, evaluations and checkpoints, and an exact way back into an interrupted run."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from momkit.errors import InputError
 from momkit.training.checkpoint import versions
-from momkit.training.config import TrainConfig
+from momkit.training.config import TrainConfig, check_device
 from momkit.training.folder import Record, RunFolder
 from momkit.training.interrupt import deferred_interrupt
 from momkit.training.trainer import Trainer
@@ -47,14 +50,23 @@ def train(
 
     on_record is called with every line of the log. Ctrl-C saves the last whole step and returns.
     """
+    check_device(config.device)
     with own_torch(config):
         trainer = Trainer(config)
         if resume:
             folder, checkpoint = RunFolder.reopen(path, config)
+            check_data(folder, trainer.task.provenance)
             trainer.restore(checkpoint)
         else:
             folder = RunFolder.create(path, config)
         return Run(trainer, folder, on_record).finish(resume)
+
+
+def check_data(folder: RunFolder, provenance: Mapping[str, Any]) -> None:
+    """Going on with other data than the run began with would be no continuation."""
+    began = next((record["data"] for record in folder.records("run") if "data" in record), None)
+    if began is not None and began != json.loads(json.dumps(provenance)):
+        raise InputError(f"{folder.path} was trained on other data: {began}, now {dict(provenance)}")
 
 
 @dataclass
@@ -83,8 +95,10 @@ class Run:
                     self.write(record)
                 if trainer.step == config.steps:
                     break
-                record = trainer.train_step()
-                self.write(record)
+                # Ctrl-C waits until a step is taken and logged
+                with deferred_interrupt():
+                    record = trainer.train_step()
+                    self.write(record)
                 tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
                 if due(trainer.step, config.checkpoint_every, config.steps):
                     trainer.save(self.folder.checkpoint)

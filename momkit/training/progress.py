@@ -19,12 +19,14 @@ def show_progress(console: Console, title: str, steps: int) -> Iterator[Callable
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s "),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(title, total=steps, loss=float("nan"), speed=0.0)
-        speed = 0.0
+    progress = Progress(*columns, console=console)
+    bar = progress.add_task(title, total=steps, loss=float("nan"), speed=0.0)
+    speed = 0.0
+    try:
 
         def show(record: Record) -> None:
             nonlocal speed
+            progress.start()  # not before: a run that is refused shows one line, no bar
             if record["kind"] == "step":
                 now = record["tokens"] / record["seconds"]
                 speed = now if speed == 0 else 0.95 * speed + 0.05 * now
@@ -35,6 +37,8 @@ def show_progress(console: Console, title: str, steps: int) -> Iterator[Callable
                 progress.update(bar, completed=record["step"])
 
         yield show
+    finally:
+        progress.stop()
 
 
 def describe(record: Record) -> str:

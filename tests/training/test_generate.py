@@ -46,6 +46,10 @@ def test_long_prompt_goes_in_pieces(model, monkeypatch):
     ("changes", "named"),
     [
         ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -1}, "seed"),
         ({"top_k": 0}, "top_k"),
         ({"top_k": 21}, "top_k"),
         ({"max_tokens": -1}, "max"),
@@ -56,7 +60,7 @@ def test_refuses(model, changes, named):
         list(generate(model, [1], **{"max_tokens": 3} | changes))
     with pytest.raises(InputError, match="prompt"):
         list(generate(model, [], 3))
-    with pytest.raises(InputError, match="tokens"):
+    with pytest.raises(InputError, match="prompt holds 20 to 20; allowed: 0 to 19"):
         list(generate(model, [20], 3))
 
 
