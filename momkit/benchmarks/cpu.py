@@ -1,6 +1,6 @@
 """What the CPU path costs: the chunked form against its rivals, by length, and several memories against one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ def transformers_form(inputs: Inputs) -> Callable[[], Tensor]:
 def agree(outputs: dict[str, Tensor]) -> float:
     """The largest difference between candidates, relative to the largest value; refuses what is not the same result."""
     first = next(iter(outputs.values()))
-    worst = max(float((other - first).abs().max() / first.abs().max()) for other in outputs.values())
+    # tensors carry a NaN through max, Python's own max may drop it
+    worst = float(torch.stack([(other - first).abs().max() for other in outputs.values()]).max() / first.abs().max())
     if not worst < 1e-3:
         raise ArithmeticError(f"the candidates disagree by {worst:.1e}: nothing was timed")
     return worst
@@ -134,14 +135,41 @@ def bars(result: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def milliseconds(timing: dict[str, float]) -> str:
+    """The median of a timing, for a table."""
+    value = timing["median"] * 1e3
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def table(head: str, rows: Iterable[str]) -> list[str]:
+    """A Markdown table from its lines, cells apart by bars."""
+    return [f"| {head} |", "|---" * (head.count("|") + 1) + "|", *(f"| {row} |" for row in rows), ""]
+
+
+def compared(row: dict[str, Any], slow: str, fast: str) -> tuple[str, str, float]:
+    """Both timings of a row, and how many times the one is the other."""
+    a, b = row["timings"][slow], row["timings"][fast]
+    return milliseconds(a), milliseconds(b), a["median"] / b["median"]
+
+
+def length_row(row: dict[str, Any]) -> str:
+    cells = [milliseconds(row["timings"][name]) for name in ("chunked", "reference", "transformers")]
+    micro = row["timings"]["chunked"]["median"] / row["tokens"] * 1e6
+    return " | ".join([str(row["tokens"]), *cells, f"{micro:.1f}"])
+
+
+def rule_row(row: dict[str, Any]) -> str:
+    reference, chunked, ratio = compared(row, "reference", "chunked")
+    return f"`{row['rule']}` | {chunked} | {reference} | {ratio:.0f}x"
+
+
+def block_row(row: dict[str, Any]) -> str:
+    mom, one, ratio = compared(row, "mom", "one_memory")
+    return f"{row['batch']} x {row['tokens']} | {mom} | {one} | {ratio:.2f}"
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The measurement as tables."""
-    ms = {True: "{:.1f}", False: "{:.0f}"}
-
-    def cell(timing: dict[str, float]) -> str:
-        value = timing["median"] * 1e3
-        return ms[value < 100].format(value)
-
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     lines = [
         "# CPU timings",
@@ -149,40 +177,15 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['what']}. {result['hardware']}, {result['threads']} threads, {versions}, {result['date']}.",
         "Made by `momkit bench --device cpu`; medians, candidates interleaved in one process.",
         "",
-        "| promise | measured |",
-        "|---|---|",
-        *(f"| {name} | {value:.2f} |" for name, value in bars(result).items()),
-        "",
+        *table("promise | measured", (f"{name} | {value:.2f}" for name, value in bars(result).items())),
         "Gated delta rule, one sequence, milliseconds:",
         "",
-        "| tokens | chunked | reference | transformers | chunked, us a token |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["lengths"]:
-        t = row["timings"]
-        micro = t["chunked"]["median"] / row["tokens"] * 1e6
-        cells = " | ".join(cell(t[name]) for name in ("chunked", "reference", "transformers"))
-        lines.append(f"| {row['tokens']} | {cells} | {micro:.1f} |")
-    lines += [
-        "",
+        *table("tokens | chunked | reference | transformers | chunked, us a token", map(length_row, result["lengths"])),
         "Every rule with a chunked form, 2048 tokens, milliseconds:",
         "",
-        "| rule | chunked | reference | ratio |",
-    ]
-    lines += ["|---|---|---|---|"]
-    for row in result["rules"]:
-        t = row["timings"]
-        ratio = t["reference"]["median"] / t["chunked"]["median"]
-        lines.append(f"| `{row['rule']}` | {cell(t['chunked'])} | {cell(t['reference'])} | {ratio:.0f}x |")
-    lines += [
-        "",
+        *table("rule | chunked | reference | ratio", map(rule_row, result["rules"])),
         "Block of width 256, milliseconds:",
         "",
-        "| batch x tokens | 4 memories, top 2, shared | one memory | ratio |",
+        *table("batch x tokens | 4 memories, top 2, shared | one memory | ratio", map(block_row, result["blocks"])),
     ]
-    lines += ["|---|---|---|---|"]
-    for row in result["blocks"]:
-        t = row["timings"]
-        ratio = t["mom"]["median"] / t["one_memory"]["median"]
-        lines.append(f"| {row['batch']} x {row['tokens']} | {cell(t['mom'])} | {cell(t['one_memory'])} | {ratio:.2f} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)

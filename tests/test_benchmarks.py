@@ -1,0 +1,60 @@
+"""Timings are fair, and what the README quotes is what the committed result files say."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from momkit.benchmarks import cpu
+from momkit.benchmarks.timing import interleaved
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def committed() -> dict:
+    return json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))
+
+
+def test_candidates_take_turns():
+    calls: list[str] = []
+    timings = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=3)
+    assert "".join(calls) == "ab" * 4
+    assert {name: timing.calls for name, timing in timings.items()} == {"a": 3, "b": 3}
+    assert all(t.fastest <= t.median <= t.slowest for t in timings.values())
+
+
+def test_nothing_is_timed_that_disagrees():
+    x = torch.randn(5)
+    assert cpu.agree({"a": x, "b": x + 1e-6}) < 1e-3
+    for other in (x + 1.0, torch.full_like(x, torch.nan)):
+        with pytest.raises(ArithmeticError, match="the candidates disagree"):
+            cpu.agree({"a": x, "b": other})
+
+
+def test_table_is_that_of_its_measurement():
+    result = committed()
+    assert cpu.markdown(result) == (RESULTS / "cpu.md").read_text(encoding="utf-8")
+    assert cpu.bars(result) == result["bars"]
+
+
+def test_readme_quotes_the_timings():
+    section = README.split("On a CPU (")[1]
+    against_step, against_transformers, by_length, block = cpu.bars(committed()).values()
+    for quoted in (f"{against_step:.1f}x", f"{against_transformers:.1f}x", f"| {by_length:.2f} |", f"| {block:.1f} |"):
+        assert quoted in section
+
+
+def test_readme_quotes_the_demo():
+    runs = json.loads((RESULTS / "demo" / "results.json").read_text(encoding="utf-8"))["recall"]
+    for name, label in (("one_memory", "one memory"), ("wide_memory", "one memory, as large as MoM"), ("mom", "MoM")):
+        mine = [run for run in runs if run["model"] == name]
+        cells = []
+        for group in ("4", "8", "12"):
+            values = [run["by_group"][group] for run in mine]
+            cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}".replace("0.", "."))
+        sizes = f"{mine[0]['state_bytes_total']:,} | {mine[0]['state_bytes_active']:,}"
+        assert f"| {label} | {' | '.join(cells)} | {sizes} |" in README
