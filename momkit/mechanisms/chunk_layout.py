@@ -4,14 +4,13 @@ Letters: B chunks times heads, C tokens of a chunk.
 """
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from momkit.mechanisms.base import Affine
+from momkit.mechanisms.base import Affine, Inputs
 from momkit.mechanisms.reference import Lanes
 
 
@@ -30,6 +29,11 @@ class Layout:
     segments: Tensor
     covered: range
     padded: bool
+
+    @property
+    def alike(self) -> bool:
+        """Whether segments are equally long, in whole chunks."""
+        return not self.padded and self.counts[-1:] == [len(self.segments)]
 
     @staticmethod
     def of(cu_seqlens: Tensor, chunk_size: int) -> "Layout":
@@ -69,22 +73,12 @@ class Layout:
                 groups.append([count])
         return groups
 
-    def pack(self, x: Affine, S0: Tensor, sizes: list[int]) -> list[Affine]:
-        """Inputs by chunk and head, `[B, C, dim]`, `g` and `beta` `[B, C]`, absent tokens zero, in groups."""
-        (T, H), C = x.v.shape[:2], self.tokens.shape[1]
+    def pack(self, x: Inputs, sizes: list[int]) -> list[Affine]:
+        """Inputs `[T, H, ...]` by chunk and head, `[B, C, ...]`, absent tokens zero, in groups."""
+        T, H = x["v"].shape[:2]
         places = self.places(T, H)
-        columns: dict[str, tuple[Tensor, ...]] = {}
-        for name in ("q", "k", "v", "g", "gk", "gv", "beta", "a", "b", "u"):
-            tensor = getattr(x, name)
-            if tensor is None:
-                continue
-            constant = tensor.ndim < (2 if name in ("g", "beta") else 3)
-            tensor = (tensor.expand(T, *tensor.shape) if constant else tensor).to(S0.dtype)
-            # head h reads key head h // (H / G)
-            tensor = tensor if tensor.shape[1] == H else tensor.repeat_interleave(H // tensor.shape[1], dim=1)
-            wide = places.move(tensor.reshape(T * H, prod(tensor.shape[2:]))).view(-1, C, *tensor.shape[2:])
-            columns[name] = wide.split([n * H for n in sizes])
-        return [Affine(**dict(zip(columns, part, strict=True))) for part in zip(*columns.values(), strict=True)]
+        columns = [places.move(tensor.flatten(0, 1)).split([n * H for n in sizes]) for tensor in x.values()]
+        return [Affine(**dict(zip(x, part, strict=True))) for part in zip(*columns, strict=True)]
 
     def unpack(self, chunks: list[Tensor], T: int, H: int) -> Tensor:
         """`[B, C, V]` -> `[T, H, V]`, uncovered rows zero."""
@@ -92,34 +86,76 @@ class Layout:
         return self.places(T, H).inverse.move(flat).view(T, H, flat.shape[1])
 
     def places(self, T: int, H: int) -> "Places":
-        """Where row (token, head) of `[T * H]` goes in `[chunks * H * C]`, and back."""
+        """Where row (token, head) of `[T * H]` goes in `[chunks * H, C]`, and back."""
         device = self.tokens.device
         head = torch.arange(H, device=device)
         tokens = self.tokens[:, None]
-        there = (tokens * H + head[:, None]).where(tokens >= 0, -1).flatten()
+        there = (tokens * H + head[:, None]).where(tokens >= 0, -1).flatten(0, 1)
         back = torch.full((T * H + 1,), -1, device=device)
-        back[there] = torch.arange(len(there), device=device)  # absent places write the spare last row
-        return Places(there, back[:-1], self.padded, len(self.covered) < T)
+        back[there.flatten()] = torch.arange(there.numel(), device=device)  # absent places write the spare last row
+        alike = (len(self.segments), self.tokens.shape[1], H) if self.alike and len(self.covered) == T else None
+        return Places(there, back[:-1], self.padded, len(self.covered) < T, alike)
+
+
+def every_token(x: Affine, dtype: torch.dtype) -> Inputs:
+    """The inputs there are as `[T, H, ...]`: constants expanded along time, key heads repeated."""
+    T, H = x.v.shape[:2]
+    wide: Inputs = {}
+    for name in ("q", "k", "v", "g", "gk", "gv", "beta", "a", "b", "u"):
+        tensor = getattr(x, name)
+        if tensor is None:
+            continue
+        constant = tensor.ndim < (2 if name in ("g", "beta") else 3)
+        tensor = (tensor.expand(T, *tensor.shape) if constant else tensor).to(dtype)
+        # head h reads key head h // (H / G)
+        wide[name] = tensor if tensor.shape[1] == H else tensor.repeat_interleave(H // tensor.shape[1], dim=1)
+    return wide
 
 
 @dataclass(frozen=True)
 class Places:
     """A partial permutation of rows: place i takes row `there[i]`, row j went to place `back[j]`; -1 is none.
 
-    gaps, left_out: whether any place has no row, and any row no place.
+    Places may be in a shape; they are numbered in order. gaps, left_out: whether any place has no row, and any row no
+    place. alike: segments, C and heads, if all segments fill the same number of chunks.
     """
 
     there: Tensor
     back: Tensor
     gaps: bool
     left_out: bool
+    alike: tuple[int, int, int] | None = None
 
     @property
     def inverse(self) -> "Places":
         return Places(self.back, self.there, self.left_out, self.gaps)
 
+    def take(self, x: Tensor, some: slice = slice(None)) -> Tensor:
+        """The rows of `x` `[rows, ...]` in some places, zeros in the gaps."""
+        there = self.there[some]
+        taken = x.index_select(0, there.flatten().clamp_min(0) if self.gaps else there.flatten())
+        # not even a view of the same shape: it would forbid callers to change an output in place
+        taken = taken if there.ndim == 1 else taken.view(*there.shape, *x.shape[1:])
+        return taken.masked_fill_((there < 0).view(*there.shape, *[1] * (x.ndim - 1)), 0) if self.gaps else taken
+
+    def room(self, x: Tensor) -> Tensor:
+        """Room for all rows of the shape of those of `x`: zeros where no place has one; with gaps, a spare row."""
+        rows = (len(self.back) + self.gaps, *x.shape[1:])
+        return x.new_zeros(rows) if self.left_out else x.new_empty(rows)
+
+    def put(self, x: Tensor, some: slice, room: Tensor) -> None:
+        """`take` undone: `x`, the rows of some places, into the room for all; what is in gaps goes to the spare row."""
+        if self.alike is not None:
+            # then it is a transposition, three times as fast as a scatter
+            N, C, H = self.alike
+            by_time = room.unflatten(0, (N, -1, C, H)).movedim((1, 0, 3, 2), (0, 1, 2, 3))
+            by_time[some.start // (N * H) : some.stop // (N * H)] = x.unflatten(0, (-1, N, H))
+            return
+        there = self.there[some].flatten()
+        room.index_copy_(0, there.where(there >= 0, len(room) - 1) if self.gaps else there, x.flatten(0, 1))
+
     def move(self, x: Tensor) -> Tensor:
-        """Rows in their places, zeros in the gaps; the gradient moves back the same way, without a scatter."""
+        """`take` all; the gradient moves back the same way, without a scatter."""
         moved: Tensor = Move.apply(x, self)  # type: ignore[no-untyped-call]
         return moved
 
@@ -129,11 +165,10 @@ class Move(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        if not places.gaps:
-            return x.index_select(0, places.there)
-        return torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, places.there % (len(x) + 1))
+        ctx.places, ctx.shape = places, x.shape
+        return places.take(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.places.inverse.move(grad), None
+        rows = grad.flatten(0, ctx.places.there.ndim - 1)
+        return ctx.places.inverse.move(rows).view(ctx.shape), None

@@ -13,7 +13,8 @@ from torch import Tensor
 from momkit.errors import BackendError, InputError
 from momkit.mechanisms.base import Affine, Inputs, Mechanism, Sizes, State, Structure
 from momkit.mechanisms.carry import carry, unit_lower_inverse
-from momkit.mechanisms.chunk_layout import Layout
+from momkit.mechanisms.chunk_layout import Layout, every_token
+from momkit.mechanisms.delta_chunk import delta_scan
 from momkit.mechanisms.pair_decay import Pairs, Row, ValueDecay, head_pairs, key_pairs, undecayed_pairs
 from momkit.mechanisms.reference import has_time, scan_state_dtype
 
@@ -21,6 +22,10 @@ CHUNK_SIZE = 32
 
 # chunks times heads worked on at once: enough to amortise the cost of a call, few enough to stay in cache
 GROUP = 128
+
+# the structures that `delta_chunk` covers, and its group
+DELTA_BY_HEAD = [Structure(decay, "delta") for decay in ("none", "constant", "head")]
+DELTA_GROUP = 64
 
 
 def scan_chunked(
@@ -58,19 +63,25 @@ def affine_scan(
 def scan_layout(structure: Structure, x: Affine, layout: Layout, S0: Tensor) -> tuple[Tensor, Tensor]:
     """One affine scan, group of chunks after group of chunks."""
     T, H = x.v.shape[:2]
-    groups = layout.groups(max(1, GROUP // H))
-    parts = layout.pack(x, S0, [sum(counts) for counts in groups])
+    wide, by_head = every_token(x, S0.dtype), structure in DELTA_BY_HEAD
+    groups = layout.groups(max(1, (DELTA_GROUP if by_head else GROUP) // H))
+    if not groups:
+        return torch.zeros_like(wide["v"]), S0
     S = S0.flatten(0, 1) if layout.in_order else S0[layout.segments].flatten(0, 1)
-    outputs: list[Tensor] = []
-    retired: list[Tensor] = []
-    for counts, part in zip(groups, parts, strict=True):
-        spans = [n * H for n in counts]
-        retired.append(S[spans[0] :])
-        output, S = scan_chunks(structure, part, S[: spans[0]], spans)
-        outputs.append(output)
-    final = torch.cat([S, *reversed(retired)]).view(S0.shape)
-    output = layout.unpack(outputs, T, H) if outputs else x.v.new_zeros(x.v.shape, dtype=S0.dtype)
-    return output.mul_(x.scale), final if layout.in_order else final[layout.segments.argsort()]
+    spans = [[n * H for n in counts] for counts in groups]
+    if by_head:
+        output, final = delta_scan(wide, S, layout.places(T, H), spans, x.scale)
+    else:
+        outputs: list[Tensor] = []
+        retired: list[Tensor] = []
+        for counts, part in zip(spans, layout.pack(wide, [sum(counts) for counts in groups]), strict=True):
+            retired.append(S[counts[0] :])
+            chunk_output, S = scan_chunks(structure, part, S[: counts[0]], counts)
+            outputs.append(chunk_output * x.scale)
+        output = layout.unpack(outputs, T, H)
+        final = torch.cat([S, *reversed(retired)])
+    final = final.view(S0.shape)
+    return output, final if layout.in_order else final[layout.segments.argsort()]
 
 
 def scan_chunks(structure: Structure, x: Affine, S: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:

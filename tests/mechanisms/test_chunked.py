@@ -204,8 +204,21 @@ def test_constants_may_vary_over_time() -> None:
 
 def test_many_groups_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("momkit.mechanisms.chunked.GROUP", 1)
-    for structure in (Structure("key", "delta"), Structure("value")):
+    monkeypatch.setattr("momkit.mechanisms.chunked.DELTA_GROUP", 1)
+    for structure in (Structure("head", "delta"), Structure("key", "delta"), Structure("value")):
         check(structure, affine_inputs(structure, CU[-1]), CU)
+        check(structure, affine_inputs(structure, 48), [0, 24, 48])
+        check(structure, affine_inputs(structure, 50), [0, 24, 48])
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_outputs_and_final_states_may_be_changed_in_place(length: int) -> None:
+    for structure in (Structure("head"), Structure("head", "delta")):
+        x = leaves(affine_inputs(structure, length), torch.float64)
+        output, final = affine_scan(structure, x, torch.tensor([0, length]), torch.zeros(1, 2, 5, 3).double(), 8)
+        assert x.v.grad is None
+        (output.mul_(2.0).sum() + final.mul_(2.0).sum()).backward()
+        assert x.v.grad is not None
 
 
 def test_nothing_to_scan() -> None:
