@@ -176,8 +176,11 @@ class MoMBlock(nn.Module):
 
     def backend_report(self) -> dict[str, BackendChoice]:
         """Which backend runs what, and why."""
+        weight = self.out_proj.weight
         return {
-            "scan": choose_backend(self.mechanism, self.backend),
+            "scan": choose_backend(
+                self.mechanism, self.backend, device=weight.device, dtype=weight.dtype, sizes=self.mechanism.sizes
+            ),
             "step": BackendChoice("reference", "one token is one step of the rule"),
         }
 

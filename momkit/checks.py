@@ -15,13 +15,18 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def checking_values(tensor: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at: always on a CPU, elsewhere only under MOMKIT_CHECK=1."""
-    return tensor.device.type == "cpu" or os.environ.get("MOMKIT_CHECK") == "1"
+    """Whether a tensor's values may be looked at: on a CPU, or under MOMKIT_CHECK=1; a compiler has none to show."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or checking_data())
+
+
+def checking_data() -> bool:
+    """Whether MOMKIT_CHECK=1 asks to look for NaN and infinities, and for what would synchronise with a GPU."""
+    return not torch.compiler.is_compiling() and os.environ.get("MOMKIT_CHECK") == "1"
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Under MOMKIT_CHECK=1, refuse NaN and infinities."""
-    if os.environ.get("MOMKIT_CHECK") == "1" and not bool(tensor.isfinite().all()):
+    if checking_data() and not bool(tensor.isfinite().all()):
         raise InputError(f"{what} holds NaN or inf")
 
 
@@ -104,7 +109,7 @@ def check_routing(routing: Routing, num_tokens: int, slots: int, num_memories: i
         raise InputError(f"routing.writes is {tuple(writes.shape)} of {writes.dtype}; allowed: {shape} of torch.bool")
     check_finite(routing.logits, "routing.logits")
     ids = routing.memory_ids
-    if not ids.numel() or torch.compiler.is_compiling() or not checking_values(ids):
+    if not ids.numel() or not checking_values(ids):
         return
     if int(ids.min()) < 0 or int(ids.max()) >= num_memories:
         raise InputError(

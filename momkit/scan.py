@@ -17,11 +17,12 @@ from momkit.errors import BackendError, InputError
 from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, Sizes, State, axes_of
 from momkit.mechanisms.chunked import scan_chunked
 from momkit.mechanisms.reference import scan_reference, scan_state_dtype
+from momkit.mechanisms.triton_scan import scan_triton, why_not_triton
 from momkit.registry import find_mechanism
 
-Backend = Literal["auto", "reference", "chunked"]
+Backend = Literal["auto", "reference", "chunked", "triton"]
 ScanFunction = Callable[[Mechanism, Inputs, Tensor, State, Sizes], tuple[Tensor, State]]
-BACKENDS: dict[str, ScanFunction] = {"reference": scan_reference, "chunked": scan_chunked}
+BACKENDS: dict[str, ScanFunction] = {"reference": scan_reference, "chunked": scan_chunked, "triton": scan_triton}
 
 logger = logging.getLogger("momkit")
 
@@ -58,7 +59,8 @@ def scan(
     cu_seqlens: `[N + 1]` int32 or int64, bounds of the segments; None is one segment. Segments may be empty.
     initial_state: name -> `[N, *shape]`, or `[P, *shape]` with `state_index` `[N]`, the pool rows to start from; None
         is zeros.
-    backend: "reference" (steps), "chunked" (matmul form), or "auto"; one that can't run the rule is a BackendError.
+    backend: "reference" (steps), "chunked" (matmul form), "triton" (fused kernels on a GPU), or "auto"; one that can't
+        run the rule is a BackendError.
     Raises InputError for a wrong input, naming it; UnknownNameError for an unknown mechanism or backend.
     """
     rule = as_mechanism(mechanism)
@@ -68,7 +70,8 @@ def scan(
     sizes = check_inputs(rule, tensors)
     value = tensors[rule.value_input]
     if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, sizes["T"]], device=value.device)
+        # made on the device, from a length that a compiler may not know
+        cu_seqlens = torch.arange(2, device=value.device) * sizes["T"]
     check_cu_seqlens(cu_seqlens, sizes["T"], value.device)
     num_segments = len(cu_seqlens) - 1
     state = check_state(rule, sizes, num_segments, initial_state, state_index, value.device)
@@ -85,12 +88,13 @@ def run(
     sizes: Sizes | None = None,
 ) -> ScanOutput:
     """`scan` without its checks; `cu_seqlens[-1]` may be less than T, the rows past it come out as zeros."""
-    choice = choose_backend(mechanism, backend)
     if sizes is None:
         sizes = read_sizes(mechanism, inputs)
+    value = inputs[mechanism.value_input]
+    dtype = scan_state_dtype(mechanism, inputs)
+    narrow = value.dtype if dtype == torch.float32 else dtype
+    choice = choose_backend(mechanism, backend, device=value.device, dtype=narrow, sizes=sizes)
     if initial_state is None:
-        value = inputs[mechanism.value_input]
-        dtype = scan_state_dtype(mechanism, inputs)
         shapes = mechanism.state_spec(sizes)
         initial_state = {
             name: torch.zeros((len(cu_seqlens) - 1, *shape), dtype=dtype, device=value.device)
@@ -102,16 +106,22 @@ def run(
     return ScanOutput(output, final_state)
 
 
-def choose_backend(mechanism: Mechanism, backend: str = "auto") -> BackendChoice:
-    """The backend for a rule, with the reason; BackendError when the one asked for can't run it."""
+def choose_backend(
+    mechanism: Mechanism,
+    backend: str = "auto",
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    sizes: Sizes | None = None,
+) -> BackendChoice:
+    """The backend for a rule, with the reason; BackendError when the one asked for can't run it.
+
+    device, dtype, sizes: of the inputs, as far as they are known.
+    """
     if backend == "auto":
-        if mechanism.has_chunked_form:
-            choice = BackendChoice("chunked", "the rule is affine in its state, so the chunked matmul form applies")
-        else:
-            choice = BackendChoice(
-                "reference", "the rule declares no affine structure with a chunked form, so its step is lifted"
-            )
-        log_choice(mechanism.name, choice)
+        choice = best_backend(mechanism, device, dtype, sizes)
+        if not torch.compiler.is_compiling():
+            log_choice(mechanism.name, choice)
         return choice
     if backend not in BACKENDS:
         raise BackendError(f"backend = {backend!r} is unknown; known: {', '.join(get_args(Backend))}")
@@ -119,7 +129,25 @@ def choose_backend(mechanism: Mechanism, backend: str = "auto") -> BackendChoice
         raise BackendError(
             f"backend = 'chunked' can't run {mechanism.name!r}: it declares no affine structure that has one"
         )
+    if backend == "triton" and (reason := why_not_triton(mechanism, device, dtype, sizes)):
+        raise BackendError(f"backend = 'triton' can't run {mechanism.name!r}: {reason}")
     return BackendChoice(backend, "asked for")
+
+
+def best_backend(
+    mechanism: Mechanism, device: torch.device | None, dtype: torch.dtype | None, sizes: Sizes | None
+) -> BackendChoice:
+    """Kernels on a GPU where there are any, else the matmul form where there is one, else steps."""
+    unless = ""
+    if device and device.type == "cuda":
+        reason = why_not_triton(mechanism, device, dtype, sizes)
+        if reason is None:
+            return BackendChoice("triton", "a kernel family serves the rule's structure")
+        unless = f"; not triton, since {reason}"
+    if mechanism.has_chunked_form:
+        return BackendChoice("chunked", "the rule is affine in its state, so the chunked matmul form applies" + unless)
+    reason = "the rule declares no affine structure with a chunked form, so its step is lifted"
+    return BackendChoice("reference", reason + unless)
 
 
 @cache

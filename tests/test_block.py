@@ -13,7 +13,8 @@ from momkit import MoMBlock, MoMOutput, MoMSpec
 from momkit.block import is_decayed, parameter_groups
 from momkit.mechanisms.base import HeadSpec
 from momkit.registry import find_mechanism, registry
-from momkit.scan import BACKENDS, BackendChoice
+from momkit.scan import BackendChoice
+from momkit.testing.targets import backends_for
 
 D = 12
 RULES = registry().names("mechanism")
@@ -154,7 +155,8 @@ def test_backends_give_the_same_block(mechanism, router):
     x = tokens(2, 70, D).double()
     block.backend = "reference"
     reference = block(x)
-    for block.backend in [name for name in BACKENDS if name != "chunked" or block.mechanism.has_chunked_form]:
+    for backend in backends_for(block.mechanism):
+        block.backend = backend
         out = block(x)
         assert_close(out.hidden_states, reference.hidden_states, rtol=0, atol=1e-9)
         assert_close(out.state.recurrent, reference.state.recurrent, rtol=0, atol=1e-9)

@@ -21,6 +21,7 @@ LAYERS = [
     ("plugins",),
     ("registry", "checks"),
     ("scan", "state"),
+    ("decode",),
     ("spec",),
     ("tokens", "projection"),
     ("block",),

@@ -8,8 +8,10 @@ import torch
 from momkit import MoMSpec, scan
 from momkit.errors import BackendError
 from momkit.mechanisms.base import Context, Inputs, Mechanism, Sizes, State
+from momkit.mechanisms.linear_attention import LinearAttentionSpec
 from momkit.registry import find_mechanism, registry
 from momkit.scan import BACKENDS, BackendChoice, as_mechanism, choose_backend, log_choice, read_sizes, run
+from momkit.testing.targets import backends_for
 
 NAMES = registry().names("mechanism")
 every_rule = pytest.mark.parametrize("name", NAMES)
@@ -47,7 +49,7 @@ def constants_of(name: str) -> set[str]:
 
 
 def backends(rule: Mechanism) -> list[str]:
-    return [name for name in BACKENDS if name != "chunked" or rule.has_chunked_form]
+    return list(backends_for(rule))
 
 
 def assert_same(actual: object, expected: object) -> None:
@@ -272,6 +274,26 @@ def test_what_is_impossible_is_refused(name):
     rule = as_mechanism(name)
     with pytest.raises(BackendError, match=f"'chunked' can't run '{name}'.*no affine structure"):
         scan(name, inputs_of(rule), backend="chunked")
+
+
+def test_why_there_is_no_kernel():
+    """Each reason not to take the kernels, in the order in which they are looked for."""
+    gla, delta = as_mechanism("gla"), as_mechanism("gated_deltanet")
+    cuda = torch.device("cuda")
+    with pytest.raises(BackendError, match="'triton' can't run 'titans': the rule declares no affine structure"):
+        choose_backend(as_mechanism("titans"), "triton", device=cuda)
+    with pytest.raises(BackendError, match="no kernel family serves"):
+        choose_backend(gla, "triton")
+    with pytest.raises(BackendError, match="runs on CUDA, not on cpu"):
+        choose_backend(delta, "triton", device=torch.device("cpu"))
+    with pytest.raises(BackendError, match="not in float64"):
+        choose_backend(delta, "triton", dtype=torch.float64)
+    with pytest.raises(BackendError, match="K = 300 is more than 256"):
+        choose_backend(delta, "triton", sizes={"K": 300, "V": 64})
+    normalized = as_mechanism(LinearAttentionSpec(normalize=True))
+    with pytest.raises(BackendError, match="V = 256 is more than 255"):
+        choose_backend(normalized, "triton", sizes={"K": 64, "V": 256})
+    assert choose_backend(delta, "triton") == BackendChoice("triton", "asked for")
 
 
 def test_an_automatic_choice_is_logged_once(caplog):

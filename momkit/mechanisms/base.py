@@ -186,6 +186,8 @@ class Mechanism(nn.Module):
     name: ClassVar[str]
     output_axes: ClassVar[str] = "H V"
     value_input: ClassVar[str] = "v"
+    # columns that the state of an affine scan has besides those of the values
+    extra_columns: int = 0
     structure: Structure | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -249,6 +251,10 @@ class Mechanism(nn.Module):
         assert self.structure is not None
         output, S = affine(self.structure, self.lower(inputs), state["S"])
         return output, {"S": S}
+
+    def structures(self) -> tuple[Structure, ...]:
+        """The structures of the affine scans that `compose` runs; a composite rule states its own."""
+        return () if self.structure is None else (self.structure,)
 
     @property
     def has_chunked_form(self) -> bool:

@@ -86,10 +86,14 @@ class GatedSlotAttention(Mechanism):
     def freeze(self, inputs: Inputs, where: Tensor) -> Inputs:
         return inputs | {name: where_frozen(inputs[name], where, 0.0) for name in ("s", "gs")}
 
+    def structures(self) -> tuple[Structure, ...]:
+        return Structure(decay="value"), Structure(decay="key")
+
     def compose(self, inputs: Inputs, state: State, affine: AffineScan) -> tuple[Tensor, State]:
         q, k, v, s, gs = take(inputs, "q k v s gs")
+        by_value, by_key = self.structures()
         over_keys = Affine(q=q, k=k, v=s, gv=gs, scale=self.scale_for(q))
-        logits, Kt = affine(Structure(decay="value"), over_keys, state["Kt"])
+        logits, Kt = affine(by_value, over_keys, state["Kt"])
         over_slots = Affine(q=logits.softmax(-1), k=s, v=v, gk=gs)
-        output, Vt = affine(Structure(decay="key"), over_slots, state["Vt"])
+        output, Vt = affine(by_key, over_slots, state["Vt"])
         return output, {"Kt": Kt, "Vt": Vt}

@@ -58,6 +58,10 @@ class LinearAttention(Mechanism):
     structure = Structure(decay="none")
 
     @property
+    def extra_columns(self) -> int:  # type: ignore[override]
+        return int(self.spec.normalize)
+
+    @property
     def feature_map(self) -> FeatureMap:
         return self.spec.feature_map or ("elu" if self.spec.normalize else "silu")
 

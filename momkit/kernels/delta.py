@@ -1,0 +1,380 @@
+"""The delta family: S_t = e^{g_t} S_{t-1}, then S_t += beta_t k_t (v_t - S_t^T k_t)^T, o_t = scale q_t^T S_t.
+
+DeltaNet and Gated DeltaNet run on it, and any rule that declares such a structure. First, every chunk alone inverts its
+triangular system; then states pass from chunk to chunk. Long segments are cut in pieces: a pass finds what each piece
+does to any state, a chain over pieces gives each its start, and the scan proper runs all pieces side by side.
+The backward pass keeps the inverses; it takes some heads at a time, and finds their states again.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from momkit.kernels.delta_backward import scan_pieces_back
+from momkit.kernels.delta_chain import chain_pieces
+from momkit.kernels.delta_forward import scan_pieces
+from momkit.kernels.delta_gradients import chunk_gradients
+from momkit.kernels.delta_inverse import chunk_inverse
+from momkit.kernels.gates import gate_parts, gate_sums
+from momkit.kernels.launch import cdiv, compiled_together, launch
+from momkit.kernels.layout import Pieces
+from momkit.kernels.tiles import sum_groups
+from momkit.kernels.tuning import Config, config, multiprocessors, padded
+
+SHORTEST_PIECE = 512
+# bytes that states and their gradients may take in the backward pass, if one head leaves a choice
+WORKSPACE = 384 << 20
+
+
+class Found(NamedTuple):
+    """What the forward pass finds and the backward pass needs again: chunks of segments (see `Pieces`), sums of gates
+    (empty without gates), and `[T, H, C]` the inverse of each chunk's system."""
+
+    table: Tensor
+    first: Tensor
+    sums: Tensor
+    inverse: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the launches of one call share: its inputs as kernels read them, and what chunks find alone."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    cu_seqlens: Tensor
+    scale: float
+    chunks: Pieces
+    sums: Tensor | None
+    inverse: Tensor
+
+    @staticmethod
+    def of(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor, scale: float,
+        found: Found | None = None,
+    ) -> "Call":  # fmt: skip
+        q, k, v, beta = (tensor.contiguous() for tensor in (q, k, v, beta))
+        (T, H, _), C = v.shape, chunk_size(v.dtype)
+        if found is not None:
+            chunks = Pieces(found.table, len(cu_seqlens) - 1, found.first)
+            return Call(q, k, v, beta, cu_seqlens, scale, chunks, None if g is None else found.sums, found.inverse)
+        chunks = Pieces.of(cu_seqlens, T, C)
+        sums = None if g is None else gate_sums(g, chunks, T, H, C, v.dtype)
+        call = Call(q, k, v, beta, cu_seqlens, scale, chunks, sums, v.new_empty(T, H, C))
+        G, K = k.shape[1:]
+        settings = config("delta_inverse", v.dtype, K, K, v.device)
+        launch(
+            chunk_inverse, chunks.count * H, (k, beta, sums, call.inverse, chunks.table),
+            (T, chunks.segments, chunks.count), H, G, K, C, settings.block, *call.kind,
+            num_warps=settings.num_warps, num_stages=settings.num_stages,
+        )  # fmt: skip
+        return call
+
+    @property
+    def found(self) -> Found:
+        sums = self.v.new_empty(0) if self.sums is None else self.sums
+        assert self.chunks.first is not None
+        return Found(self.chunks.table, self.chunks.first, sums, self.inverse)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """T, H, G, K, V."""
+        return (*self.v.shape[:2], *self.k.shape[1:], self.v.shape[2])
+
+    @property
+    def kind(self) -> tuple[int, str]:
+        """The last constants of every kernel: parts of gate sums, and how tensor cores multiply."""
+        return 0 if self.sums is None else len(self.sums), "tf32x3" if self.v.dtype == torch.float32 else "tf32"
+
+    def settings(self, kernel: str) -> Config:
+        return config(kernel, self.v.dtype, *self.sizes[3:], self.v.device)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Some heads of a call: pieces of segments, of `length` tokens at most."""
+
+    call: Call
+    first_head: int
+    heads: int
+    length: int
+    pieces: Pieces
+
+    @staticmethod
+    def of(call: Call, first_head: int, heads: int) -> "Scan":
+        T, _, _, K, V = call.sizes
+        length = piece_length(T, heads, K, V, call.v.dtype, call.v.device)
+        return Scan(call, first_head, heads, length, Pieces.of(call.cu_seqlens, T, length))
+
+    @property
+    def most_split(self) -> int:
+        """The most places that pieces of split segments can take; the longest come first, so they are the first."""
+        T = len(self.call.v)
+        return min(self.pieces.count, 2 * (T // self.length)) if self.length < T else 0
+
+    def scan(
+        self,
+        initial_state: Tensor,
+        starts: Tensor | None,
+        *,
+        output: Tensor | None = None,
+        final_state: Tensor | None = None,
+        states: Tensor | None = None,
+        errors: Tensor | None = None,
+        moves: Tensor | None = None,
+    ) -> None:
+        """Launch `scan_pieces` for output and final state, for states and errors, or, given moves, for starts."""
+        call, link = self.call, moves is not None
+        T, H, G, K, V = call.sizes
+        settings = call.settings("delta_states" if output is None else "delta_scan")
+        tiles = cdiv(V, settings.block) + (cdiv(K, settings.block) if link else 0)
+        launch(
+            scan_pieces, (self.most_split if link else self.pieces.count) * self.heads * tiles,
+            (call.q, call.k, call.v, call.beta, call.inverse, call.sums, initial_state, starts, moves, output,
+             final_state, states, errors, call.cu_seqlens, self.pieces.table, call.chunks.first),
+            (T, self.pieces.segments, self.pieces.count, self.first_head, call.scale),
+            H, self.heads, G, K, V, call.inverse.shape[2], padded(K), settings.block,
+            starts is not None and not link, output is not None, states is not None, link, *call.kind,
+            num_warps=settings.num_warps, num_stages=settings.num_stages,
+        )  # fmt: skip
+
+    def scan_back(
+        self,
+        d_output: Tensor,
+        d_final: Tensor,
+        ends: Tensor | None,
+        *,
+        dv: Tensor | None = None,
+        d_initial: Tensor | None = None,
+        d_states: Tensor | None = None,
+    ) -> None:
+        """Launch `scan_pieces_back` for dv, d_initial and d_states, or, without them, for ends."""
+        call, link = self.call, d_states is None
+        T, H, G, K, V = call.sizes
+        settings = call.settings("delta_scan_backward")
+        places = self.most_split if link else self.pieces.count
+        launch(
+            scan_pieces_back, places * self.heads * cdiv(V, settings.block),
+            (call.q, call.k, call.beta, call.inverse, call.sums, d_output, d_final, ends, dv, d_initial, d_states,
+             call.cu_seqlens, self.pieces.table, call.chunks.first),
+            (T, self.pieces.segments, self.pieces.count, self.first_head, call.scale),
+            H, self.heads, G, K, V, call.inverse.shape[2], padded(K), settings.block,
+            ends is not None and not link, link, *call.kind,
+            num_warps=settings.num_warps, num_stages=settings.num_stages,
+        )  # fmt: skip
+
+    def chain(self, moves: Tensor, starts: Tensor, reverse: bool = False) -> None:
+        """From where pieces arrive to where they start, in place."""
+        K, V = starts.shape[2:]
+        settings = config("delta_chain", starts.dtype, K, V, starts.device)
+        launch(
+            chain_pieces, len(starts) * self.heads * cdiv(V, settings.block),
+            (moves, starts, self.call.cu_seqlens, self.pieces.table),
+            (self.pieces.segments, self.pieces.count, self.length),
+            self.heads, K, V, padded(K), settings.block, reverse, "tf32x3",
+            num_warps=settings.num_warps, num_stages=settings.num_stages,
+        )  # fmt: skip
+
+    def starts(self, initial_state: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`[places, heads, K, V]`: states that pieces but a segment's first start from; moves `[places, heads, K, K]`:
+        what pieces between two others do to a state. None where no segment can be split."""
+        if not self.most_split:
+            return None, None
+        K, V = initial_state.shape[2:]
+        starts = initial_state.new_empty(self.most_split, self.heads, K, V)
+        moves = initial_state.new_empty(self.most_split, self.heads, K, K)
+        self.scan(initial_state, starts, moves=moves)
+        self.chain(moves, starts)
+        return starts, moves
+
+    def ends(self, d_output: Tensor, d_final: Tensor, moves: Tensor | None) -> Tensor | None:
+        """`[places, heads, K, V]`: gradients of the states that pieces but a segment's last end with."""
+        if moves is None:
+            return None
+        ends = d_final.new_empty(self.most_split, self.heads, *d_final.shape[2:])
+        self.scan_back(d_output, d_final, ends)
+        self.chain(moves, ends, reverse=True)
+        return ends
+
+    def gradients(
+        self, d_output: Tensor, dv: Tensor, states: Tensor, d_states: Tensor, errors: Tensor,
+        dq: Tensor, dk: Tensor, dg: Tensor | None, dbeta: Tensor,
+    ) -> None:  # fmt: skip
+        """Launch `chunk_gradients`."""
+        call = self.call
+        T, H, G, K, V = call.sizes
+        settings = call.settings("delta_gradients")
+        launch(
+            chunk_gradients, call.chunks.count * self.heads,
+            (call.q, call.k, call.beta, call.sums, states, d_states, d_output, dv, errors, dq, dk, dg, dbeta,
+             call.chunks.table),
+            (T, call.chunks.segments, call.chunks.count, self.first_head, call.scale),
+            H, self.heads, G, K, V, call.inverse.shape[2], min(settings.block, padded(K)),
+            min(settings.block, padded(V)), *call.kind,
+            num_warps=settings.num_warps, num_stages=settings.num_stages,
+        )  # fmt: skip
+
+
+def chunk_size(dtype: torch.dtype) -> int:
+    """Tokens a chunk: as many as tensor cores multiply at a time, or half of it for wide elements."""
+    return 64 if dtype.itemsize == 2 else 32
+
+
+def piece_length(T: int, heads: int, K: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens a piece: such that T tokens in one segment give each multiprocessor some two programs."""
+    tiles = cdiv(V, config("delta_scan", dtype, K, V, device).block)
+    wanted = T * heads * tiles // (2 * multiprocessors(device))
+    return max(SHORTEST_PIECE, 1 << max(0, wanted - 1).bit_length())
+
+
+def heads_at_a_time(T: int, N: int, H: int, K: int, V: int, dtype: torch.dtype) -> int:
+    """As many as WORKSPACE holds, all equally many."""
+    C = chunk_size(dtype)
+    a_head = dtype.itemsize * (2 * (N + 1 + T // C) * K * V + T * (C + V))
+    return max(heads for heads in range(1, H + 1) if H % heads == 0 and heads <= max(1, WORKSPACE // a_head))
+
+
+def delta_scan(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor, initial_state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Scan packed segments: q, k `[T, G, K]`, v `[T, H, V]` of one dtype, g `[T, H]` or `[H]` float32, beta `[T, H]`,
+    initial_state `[N, H, K, V]` float32 -> output `[T, H, V]`, final state `[N, H, K, V]` float32."""
+    output, final_state, *_ = forward(q, k, v, g, beta, cu_seqlens, initial_state, scale)
+    return output, final_state
+
+
+@torch.library.custom_op("momkit::delta_scan", mutates_args=())
+@compiled_together
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output and final state, and what the backward pass needs (`Found`)."""
+    call, initial_state = Call.of(q, k, v, g, beta, cu_seqlens, scale), initial_state.contiguous()
+    output, final_state = torch.empty_like(call.v), torch.empty_like(initial_state)
+    scan = Scan.of(call, 0, v.shape[1])
+    starts, _ = scan.starts(initial_state)
+    scan.scan(initial_state, starts, output=output, final_state=final_state)
+    return output, final_state, *call.found
+
+
+@forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    table = cu_seqlens.new_empty((4, torch.library.get_ctx().new_dynamic_size()), dtype=torch.int32)
+    T, H = v.shape[:2]
+    sums = v.new_empty(0) if g is None else initial_state.new_empty((gate_parts(v.dtype), H, T))
+    inverse = v.new_empty((T, H, chunk_size(v.dtype)))
+    first = cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
+    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape), table, first, sums, inverse
+
+
+@torch.library.custom_op("momkit::delta_scan_backward", mutates_args=())
+@compiled_together
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor,
+    table: Tensor,
+    first: Tensor,
+    sums: Tensor,
+    inverse: Tensor,
+    d_output: Tensor,
+    d_final: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, of each token's gate `[T, H]` (empty without gates), of beta, of the initial state."""
+    call = Call.of(q, k, v, g, beta, cu_seqlens, scale, Found(table, first, sums, inverse))
+    initial_state, d_output, d_final = initial_state.contiguous(), d_output.contiguous(), d_final.contiguous()
+    T, H, G, K, V = call.sizes
+    N = call.chunks.segments
+    dv, d_initial = torch.empty_like(call.v), torch.empty_like(initial_state)
+    # a group's heads are summed in one place and order, from float32
+    dq = call.k.new_empty((T, H, K), dtype=k.dtype if G == H else torch.float32)
+    dk = torch.empty_like(dq)
+    dbeta = initial_state.new_empty(T, H)
+    dg = None if g is None else torch.empty_like(dbeta)
+    heads = heads_at_a_time(T, N, H, K, V, v.dtype)
+    for first_head in range(0, H, heads):
+        scan = Scan.of(call, first_head, heads)
+        starts, moves = scan.starts(initial_state)
+        states, errors = v.new_empty(call.chunks.count, heads, K, V), v.new_empty(T, heads, V)
+        scan.scan(initial_state, starts, states=states, errors=errors)
+        # memory is given back as soon as it can be, and the next heads' made after this
+        del starts
+        ends = scan.ends(d_output, d_final, moves)
+        del moves
+        d_states = torch.empty_like(states)
+        scan.scan_back(d_output, d_final, ends, dv=dv, d_initial=d_initial, d_states=d_states)
+        scan.gradients(d_output, dv, states, d_states, errors, dq, dk, dg, dbeta)
+        del scan, states, errors, ends, d_states
+    empty = initial_state.new_empty(0)
+    return sum_groups(dq, q), sum_groups(dk, k), dv, empty if dg is None else dg, dbeta.to(beta.dtype), d_initial
+
+
+@backward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor,
+    cu_seqlens: Tensor,
+    initial_state: Tensor,
+    table: Tensor,
+    first: Tensor,
+    sums: Tensor,
+    inverse: Tensor,
+    d_output: Tensor,
+    d_final: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dg = initial_state.new_empty(0 if g is None else v.shape[:2])
+    d_tokens = (x.new_empty(x.shape) for x in (q, k, v))
+    return *d_tokens, dg, beta.new_empty(beta.shape), initial_state.new_empty(initial_state.shape)
+
+
+def setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[2:])
+
+
+def differentiate(ctx, d_output, d_final, *_):
+    q, k, v, g, beta, cu_seqlens, initial_state, *found = ctx.saved_tensors
+    if d_output is None:
+        d_output = torch.zeros_like(v)
+    if d_final is None:
+        d_final = torch.zeros_like(initial_state)
+    dq, dk, dv, dg, dbeta, d_initial = backward(
+        q, k, v, g, beta, cu_seqlens, initial_state, *found, d_output, d_final, ctx.scale
+    )
+    if g is not None and g.ndim == 1:
+        dg = dg.sum(0)
+    return dq, dk, dv, None if g is None else dg, dbeta, None, d_initial, None
+
+
+forward.register_autograd(differentiate, setup_context=setup_context)

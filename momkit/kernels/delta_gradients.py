@@ -1,0 +1,149 @@
+"""Delta rules, the gradients that every chunk can find alone: of q, k, beta and the gates.
+
+With the letters of `delta_forward` and `delta_backward`, S at the chunk's start and D at its end:
+
+    dQ gets dO S^T,  dK gets -dW S^T and beta E D^T, each under its decay, and both what pairs of tokens give them:
+    d(q_i . k_j) = decay beta_j (dO_i . E_j),      d(k_i . k_j) = -decay beta_j (dW_i . E_j),  i > j.
+
+A gate's gradient is the sum of value times gradient over all that crosses it, from an earlier token or the chunk's
+start to a later token or the chunk's end. Nothing that does not cross is added and taken away again, so it is exact
+however strong the decay.
+"""
+
+import triton
+import triton.language as tl
+
+from momkit.kernels.gates import load_decay, pair_decay, pair_mask
+from momkit.kernels.layout import piece_of
+from momkit.kernels.tiles import load_tile, store_tile
+
+
+@triton.jit
+def row_products(
+    x, y, token, seen, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x_i . y_j of all pairs of a chunk's tokens `[C, C]`; rows of WIDTH."""
+    C: tl.constexpr = token.shape[0]
+    products = tl.zeros([C, C], tl.float32)
+    for first in range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        left = load_tile(x, token, seen, column, X_STRIDE, WIDTH, WIDTH % BLOCK == 0)
+        right = load_tile(y, token, seen, column, Y_STRIDE, WIDTH, WIDTH % BLOCK == 0)
+        products += tl.dot(left, tl.trans(right), input_precision=PRECISION)
+    return products
+
+
+@triton.jit(do_not_specialize=["T", "N", "count", "first_head", "scale"])
+def chunk_gradients(
+    q, k, beta, sums, states, d_states, d_output, dv, errors, dq, dk, dg, dbeta,
+    table, T, N, count, first_head, scale,
+    H: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head, tiles of ROWS x BLOCK of its states -> dq, dk `[T, H, K]`, dg, dbeta `[T, H]` float32."""
+    program = tl.program_id(0)
+    place = program // HEADS
+    head = program % HEADS
+    segment, begin, end, _ = piece_of(table, count, place)
+    if (segment < 0) | (begin == end):
+        return
+    token = tl.arange(0, C)
+    seen = token < end - begin
+    at = begin.to(tl.int64)
+    full_head = first_head + head
+    dq += (at * H + full_head) * K
+    dk += (at * H + full_head) * K
+    scalars = at * H + full_head + token * H
+    if segment == N:
+        nothing = tl.zeros([C, ROWS], tl.float32)
+        for first in range(0, K, ROWS):
+            row = first + tl.arange(0, ROWS)
+            store_tile(dq, nothing, token, seen, row, H * K, K, K % ROWS == 0)
+            store_tile(dk, nothing, token, seen, row, H * K, K, K % ROWS == 0)
+        tl.store(dbeta + scalars, tl.zeros([C], tl.float32), mask=seen)
+        if PARTS:
+            tl.store(dg + scalars, tl.zeros([C], tl.float32), mask=seen)
+        return
+
+    q += (at * G + full_head // (H // G)) * K
+    k += (at * G + full_head // (H // G)) * K
+    d_output += (at * H + full_head) * V
+    dv += (at * H + full_head) * V
+    errors += (at * HEADS + head) * V
+    states += (place.to(tl.int64) * HEADS + head) * (K * V)
+    d_states += (place.to(tl.int64) * HEADS + head) * (K * V)
+    dtype = k.dtype.element_ty
+    strength = tl.load(beta + scalars, mask=seen, other=0.0).to(tl.float32)
+
+    earlier = token[:, None] > token[None, :]
+    if PARTS:
+        sums += full_head.to(tl.int64) * T + begin
+        plane = tl.cast(T, tl.int64) * H
+        high, low, to_end, whole = load_decay(sums, plane, token, seen, end - begin - 1, PARTS == 2)
+        from_start, to_end, whole = tl.exp2(high), tl.exp2(to_end), tl.exp2(whole)
+
+    # rows i, columns j <= i; then, _t, rows j, columns i: what one transposes must not be a product itself
+    by_read = row_products(d_output, errors, token, seen, H * V, HEADS * V, V, BLOCK, PRECISION) * scale
+    by_read *= pair_decay(high, low, False, False, PARTS == 2) if PARTS else pair_mask(C, False, False)
+    from_query = (by_read * strength[None, :]).to(dtype)
+    by_read_t = row_products(errors, d_output, token, seen, HEADS * V, H * V, V, BLOCK, PRECISION) * scale
+    by_read_t *= pair_decay(high, low, True, False, PARTS == 2) if PARTS else pair_mask(C, True, False)
+    to_query = (by_read_t * strength[:, None]).to(dtype)
+    # what passes from token j to token i, but for the strength of j
+    passed = by_read_t * row_products(k, q, token, seen, G * K, G * K, K, ROWS, PRECISION)
+    by_key = row_products(dv, errors, token, seen, H * V, HEADS * V, V, BLOCK, PRECISION) * -strength[None, :]
+    by_key *= pair_decay(high, low, False, True, PARTS == 2) if PARTS else pair_mask(C, False, True)
+    by_key_t = row_products(errors, dv, token, seen, HEADS * V, H * V, V, BLOCK, PRECISION)
+    by_key_t *= pair_decay(high, low, True, True, PARTS == 2) if PARTS else pair_mask(C, True, True)
+    to_key = (by_key - by_key_t * strength[:, None]).to(dtype)
+    passed -= by_key_t * row_products(k, k, token, seen, G * K, G * K, K, ROWS, PRECISION)
+    d_strength = tl.sum(passed, 1)
+    if PARTS:
+        # gate t: what tokens before it pass to it and to later ones
+        crossing = tl.dot(tl.where(earlier, 1.0, 0.0), passed * strength[:, None], input_precision=PRECISION)
+        d_gate = tl.sum(tl.where(earlier, 0.0, crossing), 1)
+        read_off = tl.zeros([C], tl.float32)
+        kept = tl.zeros([ROWS], tl.float32)
+
+    written = tl.zeros([C], tl.float32)
+    for first in range(0, K, ROWS):
+        row = first + tl.arange(0, ROWS)
+        gained = tl.zeros([C, ROWS], tl.float32)
+        erased = tl.zeros([C, ROWS], tl.float32)
+        stored = tl.zeros([C, ROWS], tl.float32)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = (row < K)[:, None] & (column < V)[None, :]
+            S = tl.load(states + row[:, None] * V + column[None, :], mask=inside, other=0.0)
+            D = tl.load(d_states + row[:, None] * V + column[None, :], mask=inside, other=0.0)
+            do = load_tile(d_output, token, seen, column, H * V, V, V % BLOCK == 0)
+            dw = load_tile(dv, token, seen, column, H * V, V, V % BLOCK == 0)
+            e = load_tile(errors, token, seen, column, HEADS * V, V, V % BLOCK == 0)
+            gained += tl.dot(do, tl.trans(S), input_precision=PRECISION)
+            erased += tl.dot(dw, tl.trans(S), input_precision=PRECISION)
+            stored += tl.dot(e, tl.trans(D), input_precision=PRECISION)
+            if PARTS:
+                kept += tl.sum(S.to(tl.float32) * D.to(tl.float32), 1)
+        xk = load_tile(k, token, seen, row, G * K, K, K % ROWS == 0)
+        if PARTS:
+            erased *= from_start[:, None]
+            stored *= to_end[:, None]
+            read_off -= tl.sum(erased * xk.to(tl.float32), 1)
+        written += tl.sum(stored * xk.to(tl.float32), 1)
+        stored = stored * strength[:, None] - erased
+        stored += tl.dot(to_key, xk, input_precision=PRECISION)
+        xq = load_tile(q, token, seen, row, G * K, K, K % ROWS == 0)
+        stored += tl.dot(to_query, xq, input_precision=PRECISION)
+        store_tile(dk, stored, token, seen, row, H * K, K, K % ROWS == 0)
+        gained *= scale
+        if PARTS:
+            gained *= from_start[:, None]
+            read_off += tl.sum(gained * xq.to(tl.float32), 1)
+        gained += tl.dot(from_query, xk, input_precision=PRECISION)
+        store_tile(dq, gained, token, seen, row, H * K, K, K % ROWS == 0)
+    tl.store(dbeta + scalars, d_strength + written, mask=seen)
+    if PARTS:
+        # tokens from t on read the state; what earlier ones wrote, and the state itself, reach the end
+        reach = tl.where(earlier, (written * strength)[None, :], read_off[None, :])
+        tl.store(dg + scalars, d_gate + tl.sum(reach, 1) + whole * tl.sum(kept, 0), mask=seen)

@@ -1,0 +1,83 @@
+"""Launching kernels with little work for the host, and compiling side by side those that a call is missing.
+
+A kernel takes tensors (or None), then integers and floats that are not specialised, then constants, in this order.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_compiled: dict[Any, Any] = {}
+# what `launch` does with a kernel that is not compiled: compile and run it, leave the body, or compile and run nothing
+_missing: ContextVar[Literal["run", "leave", "compile"]] = ContextVar("missing", default="run")
+
+
+class KernelMissing(Exception):
+    """A body needs a kernel that is not compiled."""
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def launch(
+    kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...], *constants: Any,
+    num_warps: int = 4, num_stages: int = 3,
+) -> None:  # fmt: skip
+    """Run `programs` programs of a kernel on the tensors' device; nothing where there are none."""
+    if not programs:
+        return
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    arguments = (*tensors, *scalars, *constants)
+    if device.type != "cuda":
+        kernel[(programs,)](*arguments)
+        return
+    # all that Triton compiles a kernel anew for
+    kinds = tuple(t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
+    key = (kernel, device.index, kinds, constants, num_warps, num_stages)
+    compiled = _compiled.get(key)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        if compiled is not None and _missing.get() != "compile":
+            compiled[(programs, 1, 1)](*arguments)
+        elif compiled is None and _missing.get() == "leave":
+            raise KernelMissing
+        elif compiled is None and _missing.get() == "compile":
+            kernel.warmup(*arguments, grid=(programs,), **options)
+        elif compiled is None:
+            _compiled[key] = kernel[(programs,)](*arguments, **options)
+
+
+def compiled_together(body: Callable[P, R]) -> Callable[P, R]:
+    """Have a body that launches kernels, and may be run twice, first compile all that it is missing, side by side."""
+
+    @wraps(body)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return missing("leave", body, *args, **kwargs)
+        except KernelMissing:
+            with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+                missing("compile", body, *args, **kwargs)
+        return body(*args, **kwargs)
+
+    return run
+
+
+def missing(what: Literal["leave", "compile"], body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a body under a rule for kernels that are not compiled."""
+    token = _missing.set(what)
+    try:
+        return body(*args, **kwargs)
+    finally:
+        _missing.reset(token)

@@ -1,0 +1,216 @@
+"""Kernels of the scalar family: one decayed scan that serves the output and, with its roles exchanged, every gradient.
+
+    out_i = scale (sum over j seen by i of (decay from j to i) (x_i . y_j) z_j + (decay since the start) x_i^T S)
+
+Forward, i sees j <= i and S is the state before the first token. The gradients are the same sum:
+    o  from (q, k, v);    dq from (do, v, k), S transposed;
+reversed (i sees j >= i, S is the gradient of the state after the last token, over scale):
+    dv from (k, q, do);   dk from (v, do, q), S transposed.
+A state `[K, V]` lives in registers, a tile of its columns in each program; its tokens come by in chunks of C.
+"""
+
+import triton
+import triton.language as tl
+
+from momkit.kernels.gates import load_decay, pair_decay, pair_mask
+from momkit.kernels.layout import piece_of
+from momkit.kernels.tiles import load_tile
+
+# chunks that the gradient of gates takes at once
+CHUNKS = tl.constexpr(16)
+
+
+@triton.jit(do_not_specialize=["count", "segments", "T", "scale", "start_scale", "last_scale"])
+def scan_kernel(
+    x, y, z, w, sums, start, starts, before, out, last, decays, terms, crossings, table, cu_seqlens,
+    count, segments, T, scale, start_scale, last_scale,
+    H: tl.constexpr, RX: tl.constexpr, RY: tl.constexpr, RZ: tl.constexpr, RW: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATED: tl.constexpr, LOW: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, ONLY_STATE: tl.constexpr,
+    STORE_LAST: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x, y `[T, H/RX, K]`, z, out `[T, H, V]`, one program a (piece, head, BV columns of the state).
+
+    start: `[N, H, K, V]`, the state before a segment's first piece (reversed: after its last). starts: the same for
+    other pieces, by their place. last: `[N, H, K, V]`, where a segment's scan ends. ONLY_STATE: no output; from zeros,
+    the state that each piece adds goes to `starts`, its decay to `decays` `[P, H]`.
+    sums: with GATED, `[1 + LOW, H, T]`, see `gate_sums`.
+    TERMS, for gradients of gates: w `[T, H/RW, V]` is what out is the gradient of; terms `[V / BV, H, T]`, over this
+    program's columns: w . (what out has from S), and forward, for pairs of tokens inside the chunk, what i reads of j
+    times its gradient, added to i and taken from j. Reversed also crossings `[V / BV, P, H]`: <S, dS> where a piece
+    other than a segment's first starts, from before `[places, H, K, V]`, the states there.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    tile, h, place = pid % NV, pid // NV % H, pid // (NV * H)
+    segment, begin, end, index = piece_of(table, count, place)
+    if segment < 0:
+        return
+    rows, ks, cols = tl.arange(0, C), tl.arange(0, BK), tile * BV + tl.arange(0, BV)
+    if segment == segments:
+        if not ONLY_STATE:
+            for i in range(tl.cdiv(end - begin, C)):
+                at = begin + i * C
+                live = rows < end - at
+                base = at.to(tl.int64) * (H * V) + h * V
+                mask = live[:, None] & (cols < V)[None, :]
+                tl.store(out + base + rows[:, None] * (H * V) + cols[None, :], 0.0, mask=mask)
+        return
+    begins = index == 0
+    ends = end == tl.load(cu_seqlens + segment + 1).to(tl.int32)
+    enters, leaves = (ends, begins) if REVERSE else (begins, ends)
+    if ONLY_STATE:
+        if leaves:
+            return
+    SK: tl.constexpr = 1 if TRANSPOSED else V
+    SV: tl.constexpr = K if TRANSPOSED else 1
+    spot = ks[:, None] * SK + cols[None, :] * SV
+    inside = (ks < K)[:, None] & (cols < V)[None, :]
+    if ONLY_STATE:
+        S = tl.zeros([BK, BV], tl.float32)
+    else:
+        source, factor = start + (segment.to(tl.int64) * H + h) * (K * V), start_scale
+        if not enters:
+            source, factor = starts + (place.to(tl.int64) * H + h) * (K * V), 1.0
+        S = tl.load(source + spot, mask=inside, other=0.0) * factor
+    whole = 0.0
+    steps = tl.cdiv(end - begin, C)
+    for i in tl.range(steps, num_stages=STAGES):
+        step = steps - 1 - i if REVERSE else i
+        at = begin + step * C
+        live = rows < end - at
+        base = at.to(tl.int64)
+        b_y = load_tile(y + base * (H // RY * K) + h // RY * K, rows, live, ks, H // RY * K, K, K == BK)
+        b_z = load_tile(z + base * (H // RZ * V) + h // RZ * V, rows, live, cols, H // RZ * V, V, V % BV == 0)
+        if GATED:
+            plane = tl.cast(T, tl.int64) * H
+            final = tl.minimum(C, end - at) - 1
+            high, low, rest, total = load_decay(sums + tl.cast(h, tl.int64) * T + at, plane, rows, live, final, LOW)
+            whole += total
+        if not ONLY_STATE:
+            b_x = load_tile(x + base * (H // RX * K) + h // RX * K, rows, live, ks, H // RX * K, K, K == BK)
+            between = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+            if GATED:
+                between *= pair_decay(high, low, REVERSE, False, LOW)
+            else:
+                between *= pair_mask(C, REVERSE, False)
+            b_out = tl.dot(b_x, S.to(b_x.dtype), input_precision=PRECISION)
+            if GATED:
+                b_out *= tl.exp2(rest if REVERSE else high)[:, None]
+            if TERMS:
+                b_w = load_tile(w + base * (H // RW * V) + h // RW * V, rows, live, cols, H // RW * V, V, V % BV == 0)
+                crossing = tl.sum(b_out * b_w.to(tl.float32), 1)
+                if not REVERSE:
+                    pairs = between * tl.dot(b_w, tl.trans(b_z), input_precision=PRECISION)
+                    crossing += tl.sum(pairs, 1) - tl.sum(pairs, 0)
+                tl.store(terms + (tile.to(tl.int64) * H + h) * T + at + rows, crossing * scale, mask=live)
+            b_out = tl.dot(between.to(b_z.dtype), b_z, b_out, input_precision=PRECISION) * scale
+            mask = live[:, None] if V % BV == 0 else live[:, None] & (cols < V)[None, :]
+            spot_v = base * (H * V) + h * V + rows[:, None] * (H * V) + cols[None, :]
+            tl.store(out + spot_v, b_out.to(out.dtype.element_ty), mask=mask)
+        if GATED:
+            b_z = (b_z.to(tl.float32) * tl.exp2(high if REVERSE else rest)[:, None]).to(b_z.dtype)
+            S *= tl.exp2(total)
+        S = tl.dot(tl.trans(b_y), b_z, S, input_precision=PRECISION)
+    if TERMS and REVERSE:
+        if index > 0:
+            other = tl.load(before + (place.to(tl.int64) * H + h) * (K * V) + spot, mask=inside, other=0.0)
+            tl.store(crossings + (tile * count + place) * H + h, tl.sum(tl.sum(S * other, 1), 0) * scale)
+    if ONLY_STATE:
+        tl.store(starts + (place.to(tl.int64) * H + h) * (K * V) + spot, S, mask=inside)
+        if tile == 0:
+            tl.store(decays + place * H + h, tl.exp2(whole))
+    elif STORE_LAST:
+        if leaves:
+            tl.store(last + (segment.to(tl.int64) * H + h) * (K * V) + spot, S * last_scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "segments", "length", "start_scale"])
+def chain_kernel(
+    start, starts, decays, table, cu_seqlens, count, segments, length, start_scale,
+    H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """From what each piece of a segment adds to the state, in place, the state that each piece starts from."""
+    TILES: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    pid = tl.program_id(0)
+    tile, h, place = pid % TILES, pid // TILES % H, pid // (TILES * H)
+    segment, begin, _, index = piece_of(table, count, place)
+    if (segment < 0) | (segment == segments) | (index > 0):
+        return
+    pieces = tl.cdiv(tl.load(cu_seqlens + segment + 1).to(tl.int32) - begin, length)
+    if pieces < 2:
+        return
+    spot = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = spot < SIZE
+    S = tl.load(start + (segment.to(tl.int64) * H + h) * SIZE + spot, mask=inside, other=0.0)
+    S *= start_scale
+    at = place + (pieces - 1 if REVERSE else 0)
+    added = tl.load(starts + (at.to(tl.int64) * H + h) * SIZE + spot, mask=inside, other=0.0)
+    for _ in range(1, pieces):
+        S = S * tl.load(decays + at * H + h) + added
+        at += -1 if REVERSE else 1
+        target = starts + (at.to(tl.int64) * H + h) * SIZE + spot
+        # what was here has been used up after the next turn; the last piece's place was never written
+        added = tl.load(target, mask=inside, other=0.0)
+        tl.store(target, S, mask=inside)
+
+
+@triton.jit
+def add_unless_cut(later, later_cuts, sooner, sooner_cuts):
+    """Sums over what is not cut off from what comes later."""
+    return tl.where(sooner_cuts > 0, sooner, later + sooner), later_cuts | sooner_cuts
+
+
+@triton.jit(do_not_specialize=["count", "segments", "T"])
+def gate_gradient_kernel(
+    reads, writes, crossings, final, sums, dg, table, cu_seqlens, count, segments, T,
+    READS: tl.constexpr, WRITES: tl.constexpr, H: tl.constexpr, C: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """dg_t = what passes token t: from an earlier token or the segment's start to a later token or the segment's end.
+
+    reads `[READS, H, T]` and writes `[WRITES, H, T]`: the terms of dq and dv, in parts. crossings `[WRITES, P, H]` and
+    final `[N, H]`: <S, dS> where pieces start and where segments end. Inside a chunk, reads from t on and writes before
+    t pass t. Across a chunk passes <S, dS> at its end less what the chunk wrote itself; where the chunk's decay is
+    below 2^CUT that is next to nothing, and what the difference was rounded by is not carried on.
+    """
+    pid = tl.program_id(0)
+    h, place = pid % H, pid // H
+    segment, begin, end, _ = piece_of(table, count, place)
+    if segment < 0:
+        return
+    chunk = tl.arange(0, CHUNKS)
+    places = chunk[:, None] * C + tl.arange(0, C)[None, :]
+    plane = tl.cast(T, tl.int64)
+    passed = 0.0
+    if segment < segments:
+        if end == tl.load(cu_seqlens + segment + 1):
+            passed += tl.load(final + segment * H + h)
+        else:
+            for n in tl.static_range(WRITES):
+                passed += tl.load(crossings + (n * count + place + 1) * H + h)
+    steps = tl.cdiv(end - begin, CHUNKS * C)
+    for i in range(steps):
+        at = begin + (steps - 1 - i) * (CHUNKS * C)
+        live = places < end - at
+        target = dg + (at.to(tl.int64) + places) * H + h
+        if segment == segments:
+            tl.store(target, 0.0, mask=live)
+        else:
+            read = tl.zeros([CHUNKS, C], tl.float32)
+            for n in tl.static_range(READS):
+                read += tl.load(reads + (n * H + h) * plane + at + places, mask=live, other=0.0)
+            written = tl.zeros([CHUNKS, C], tl.float32)
+            for n in tl.static_range(WRITES):
+                written += tl.load(writes + (n * H + h) * plane + at + places, mask=live, other=0.0)
+            ends = tl.minimum((chunk + 1) * C, end - at) - 1
+            whole = tl.load(sums + h * plane + at + ends, mask=chunk * C < end - at, other=0.0)
+            cut = (whole < CUT).to(tl.int32)
+            total = tl.sum(written, 1)
+            gained = tl.sum(read, 1) - tl.where(cut > 0, 0.0, total)
+            later, cuts = tl.associative_scan((gained, cut), 0, add_unless_cut, reverse=True)
+            later += tl.where(cuts > 0, 0.0, passed)
+            # <S, dS> at a chunk's end is that at the next one's start
+            across = tl.where(cut > 0, 0.0, later - tl.sum(read, 1))
+            inside = tl.cumsum(read, 1, reverse=True) + tl.cumsum(written, 1) - written
+            tl.store(target, inside + across[:, None], mask=live)
+            passed = tl.sum(tl.where(chunk == 0, later, 0.0), 0)

@@ -1,0 +1,88 @@
+"""The Triton scan: affine rules on the fused kernels of their family, chosen by the structure they declare.
+
+This file knows rules and families; the kernels take plain tensors and know neither.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from momkit.mechanisms.base import Affine, Inputs, Mechanism, Sizes, State, Structure
+
+MAX_DIM = 256
+HAS_TRITON = find_spec("triton") is not None
+
+
+def family_of(structure: Structure) -> str | None:
+    """The kernel family that serves a structure, None if none does."""
+    decay = structure.decay in ("none", "constant", "head")
+    if not decay or structure.read != "after":
+        return None
+    if structure.erase == "none":
+        return "scalar"
+    return "delta" if structure.erase == "delta" and structure.erase_sees == "decayed" else None
+
+
+def why_not_triton(
+    mechanism: Mechanism,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    sizes: Sizes | None = None,
+) -> str | None:
+    """Why the Triton kernels can't run a rule on tensors like these, None if they can; what is not given may be any."""
+    structures = mechanism.structures()
+    if not structures:
+        return "the rule declares no affine structure"
+    if missing := [s for s in structures if family_of(s) is None]:
+        return f"no kernel family serves {missing[0]}"
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if device and device.type != "cuda" and not interpreting():
+        return f"it runs on CUDA, not on {device.type} (TRITON_INTERPRET=1 interprets the kernels, slowly)"
+    if device and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if dtype == torch.float64:
+        return "kernels compute in float32 or narrower, not in float64"
+    if dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    for axis, most in (("K", MAX_DIM), ("V", MAX_DIM - mechanism.extra_columns)):
+        if sizes and sizes.get(axis, 1) > most:
+            return f"{axis} = {sizes[axis]} is more than {most}"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels on a CPU; it reads this once, when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def scan_triton(
+    mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State, sizes: Sizes
+) -> tuple[Tensor, State]:
+    """Run an affine rule over every segment; rows that no segment covers come out as zeros."""
+
+    def affine(structure: Structure, x: Affine, S0: Tensor) -> tuple[Tensor, Tensor]:
+        return affine_scan(structure, x, cu_seqlens, S0)
+
+    state = {name: tensor.float() for name, tensor in initial_state.items()}
+    output, final = mechanism.compose(inputs, state, affine)
+    return output.to(inputs[mechanism.value_input].dtype), final
+
+
+def affine_scan(structure: Structure, x: Affine, cu_seqlens: Tensor, S0: Tensor) -> tuple[Tensor, Tensor]:
+    """One affine scan on its family's kernels; q, k and v are multiplied in the widest of their dtypes."""
+    dtype = torch.promote_types(torch.promote_types(x.q.dtype, x.k.dtype), x.v.dtype)
+    q, k, v = (tensor.to(dtype) for tensor in (x.q, x.k, x.v))
+    g = None if structure.decay == "none" else x.need("g").float()
+    result: tuple[Tensor, Tensor]
+    if family_of(structure) == "scalar":
+        from momkit.kernels.scalar_decay import scalar_scan
+
+        result = scalar_scan(q, k, v, g, cu_seqlens, S0, x.scale)
+    else:
+        from momkit.kernels.delta import delta_scan
+
+        result = delta_scan(q, k, v, g, x.need("beta"), cu_seqlens, S0, x.scale)
+    return result
