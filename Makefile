@@ -3,7 +3,7 @@ BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --durations=20
 
-.PHONY: install demo test test-full lint plugin bench clean
+.PHONY: install demo test test-full test-kernels lint plugin bench clean
 
 install: .venv/installed
 
@@ -16,11 +16,15 @@ install: .venv/installed
 demo: install
 	$(BIN)/momkit demo
 
-test: install lint plugin
-	MOMKIT_PROFILE=ci $(PYTEST) tests
+test: install lint plugin test-kernels
+	MOMKIT_PROFILE=ci $(PYTEST) --ignore tests/kernels tests
 
-test-full: install lint plugin
-	MOMKIT_PROFILE=full $(PYTEST) --timeout 3600 tests
+test-full: install lint plugin test-kernels
+	MOMKIT_PROFILE=full $(PYTEST) --timeout 3600 --ignore tests/kernels tests
+
+# triton decides when it is imported whether it interprets kernels, so these have a process of their own
+test-kernels: install
+	TRITON_INTERPRET=1 MOMKIT_PROFILE=interpret $(PYTEST) tests/kernels
 
 lint: install
 	$(BIN)/ruff check .

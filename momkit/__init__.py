@@ -1,6 +1,7 @@
 """momkit: Mixture-of-Memories sequence layers from pluggable update rules and routers."""
 
 from momkit.block import MoMBlock, MoMOutput
+from momkit.decode import decode
 from momkit.hookspecs import hookimpl
 from momkit.mechanisms.base import Mechanism, MechanismSpec
 from momkit.registry import register
@@ -22,6 +23,7 @@ __all__ = [
     "RouterSpec",
     "Routing",
     "ScanOutput",
+    "decode",
     "hookimpl",
     "register",
     "scan",

@@ -25,7 +25,11 @@ def check(
     everything: Annotated[bool, typer.Option("--all", help="Check everything registered.")] = False,
     only: Annotated[str, typer.Option(help="Only checks whose id contains this.")] = "",
     backend: Annotated[str | None, typer.Option(help="The backend to check rules on; default: all that can.")] = None,
-    profile: Annotated[str | None, typer.Option(help="ci, dev or full: the number of examples; default: dev.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda: where scans are checked; default: cpu.")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="The number of examples: ci, dev, full; interpret, cuda for kernels; default: dev."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run property tests of rules and routers; exit code 1 if one fails."""
@@ -33,6 +37,8 @@ def check(
         raise InputError("check takes names, or --all")
     if profile is not None:
         os.environ["MOMKIT_PROFILE"] = profile
+    if device is not None:
+        os.environ["MOMKIT_DEVICE"] = device
     if everything:
         names = ["dispatch", *registry().names("router"), *registry().names("mechanism")]
     chosen = [bound for bound in find_checks(names or [], backend) if only in bound.id]

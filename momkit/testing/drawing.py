@@ -43,8 +43,9 @@ def drawn(share: float = 1.0) -> Callable[[Callable[[S, Draw], None]], Callable[
             try:
                 examples()
             except Exception as fault:
-                variables = f"MOMKIT_PROFILE={profile_name()} MOMKIT_SEED={seed}"
-                fault.add_note(f"reproduce: {variables} momkit check '{subject.name}' --only '{identity}'")
+                variables = {"MOMKIT_PROFILE": profile_name(), "MOMKIT_SEED": seed} | subject.environment
+                settings = " ".join(f"{name}={value}" for name, value in variables.items())
+                fault.add_note(f"reproduce: {settings} momkit check '{subject.name}' --only '{identity}'")
                 raise
 
         # functools.wraps would show the wrapped signature, from which pytest and readers would expect a `draw`

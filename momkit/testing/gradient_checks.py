@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from momkit.mechanisms.base import Inputs, State
-from momkit.scan import scan
 from momkit.testing.drawing import Draw, drawn
 from momkit.testing.oracle import gradients_of, step_by_step
 from momkit.testing.strategies import ScanCase, scan_cases
@@ -39,24 +38,28 @@ def oracle_gradients(case: ScanCase, dtype: torch.dtype) -> dict[str, Tensor]:
 # gradients by every input, gates among them, and by the initial state, from outputs and final states
 @drawn()
 def check_gradients_match_reference(subject: ScanSubject, draw: Draw) -> None:
-    dtypes = (torch.float32, torch.float64)
-    assert_true_gradients(subject, draw(scan_cases(subject, dtypes=dtypes), "case"))
+    assert_true_gradients(subject, draw(scan_cases(subject, dtypes=subject.computes_in), "case"))
 
 
 # the same with gates at their ends: finite, and right
 @drawn(0.5)
 def check_gradients_at_extreme_gates(subject: ScanSubject, draw: Draw) -> None:
-    assert_true_gradients(subject, draw(scan_cases(subject, gates=("mixed", "constant")), "case"))
+    assert_true_gradients(
+        subject, draw(scan_cases(subject, gates=("mixed", "constant"), dtypes=subject.computes_in), "case")
+    )
 
 
 def assert_true_gradients(subject: ScanSubject, case: ScanCase) -> None:
     inputs, state = leaves_of(case)
-    out = scan(case.rule, inputs, case.cu_seqlens, initial_state=state, backend=subject.backend)
+    out = subject.scan(inputs, case.cu_seqlens, initial_state=state)
     found = gradients(case, inputs, state, out.output, out.final_state)
     truth, eager = oracle_gradients(case, torch.float64), oracle_gradients(case, case.state_dtype)
+    leaves = {**inputs, **{f"initial_state[{name!r}]": x for name, x in state.items()}}
     for name, tensor in truth.items():
-        assert found[name].dtype == case.state_dtype, f"{subject.id}: gradient of {name} is {found[name].dtype}"
-        assert_as_good(found[name], eager[name], tensor, f"{subject.id}: gradient of {name}")
+        dtype = leaves[name].dtype
+        assert found[name].dtype == dtype, f"{subject.id}: gradient of {name} is {found[name].dtype}"
+        what = f"{subject.id}: gradient of {name}"
+        assert_as_good(found[name], eager[name].to(dtype), tensor, what, subject.multiplied_in(case.dtype))
 
 
 # asking for the gradient of one input alone gives what asking for all gives, with or without the final state
@@ -64,12 +67,15 @@ def assert_true_gradients(subject: ScanSubject, case: ScanCase) -> None:
 def check_gradient_of_one_input(subject: ScanSubject, draw: Draw) -> None:
     case = draw(scan_cases(subject, max_tokens=40), "case")
     chosen = draw(st.sampled_from(sorted(case.inputs)), "input")
-    truth, state = leaves_of(case)
-    expected, _ = step_by_step(case.rule, truth, case.lengths, state, case.all_sizes, torch.float64)
-    leaf = case.inputs[chosen].clone().requires_grad_()
-    inputs = case.inputs | {chosen: leaf}
-    out = scan(case.rule, inputs, case.cu_seqlens, initial_state=case.initial_state, backend=subject.backend)
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64)
-    wanted = gradients_of((expected * weight).sum(), {chosen: truth[chosen]})[chosen]
-    found = gradients_of((out.output * weight).sum(), {chosen: leaf})[chosen]
-    assert_as_good(found, wanted, wanted, f"{subject.id}: gradient of {chosen} alone")
+    found, truth, eager = (leaves_of(case, dtype)[0] for dtype in (None, torch.float64, case.state_dtype))
+    outputs = [
+        subject.scan(case.inputs | {chosen: found[chosen]}, case.cu_seqlens, initial_state=case.initial_state).output
+    ]
+    for inputs, dtype in ((truth, torch.float64), (eager, case.state_dtype)):
+        outputs.append(step_by_step(case.rule, inputs, case.lengths, case.start(), case.all_sizes, dtype)[0])
+    weight = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64)
+    grads = [
+        gradients_of((output * weight).sum(), {chosen: inputs[chosen]})[chosen]
+        for output, inputs in zip(outputs, (found, truth, eager), strict=True)
+    ]
+    assert_as_good(grads[0], grads[2], grads[1], f"{subject.id}: gradient of {chosen} alone")

@@ -5,15 +5,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from momkit.mechanisms.base import Inputs, State
-from momkit.scan import ScanOutput, scan
+from momkit.scan import ScanOutput
 from momkit.testing.drawing import Draw, drawn
 from momkit.testing.oracle import gradients_of, step_by_step
 from momkit.testing.poison import poisoned_empty
 from momkit.testing.strategies import ScanCase, bounds, scan_cases
 from momkit.testing.subjects import ScanSubject
 from momkit.testing.tolerances import assert_as_good, assert_close, assert_equal
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def run_case(
@@ -22,7 +20,7 @@ def run_case(
     """Scan a case on the subject's backend, with its own inputs and state unless others are given."""
     inputs = case.inputs if inputs is None else inputs
     state = case.initial_state if initial_state is None else initial_state
-    return scan(case.rule, inputs, case.cu_seqlens, initial_state=state, backend=subject.backend)
+    return subject.scan(inputs, case.cu_seqlens, initial_state=state)
 
 
 def assert_same(subject: ScanSubject, actual: Tensor, expected: Tensor, what: str) -> None:
@@ -33,7 +31,7 @@ def assert_same(subject: ScanSubject, actual: Tensor, expected: Tensor, what: st
 # outputs are [T, ...] in the values' dtype, states [N, ...] in fp32 or float64, in the order of the rule's states
 @drawn()
 def check_shapes_and_dtypes(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, dtypes=DTYPES), "case")
+    case = draw(scan_cases(subject, dtypes=subject.dtypes), "case")
     out = run_case(subject, case)
     expected = (case.num_tokens, *(case.sizes[axis] for axis in case.rule.output_axes.split()))
     assert out.output.shape == expected, f"{subject.id}: output is {tuple(out.output.shape)}, expected {expected}"
@@ -49,25 +47,27 @@ def check_shapes_and_dtypes(subject: ScanSubject, draw: Draw) -> None:
 # outputs and final states are those of the rule's step in float64, as nearly as the same step gets in this dtype
 @drawn()
 def check_matches_reference(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, dtypes=DTYPES, gates=("sampled", "mixed")), "case")
+    case = draw(scan_cases(subject, dtypes=subject.dtypes, gates=("sampled", "mixed")), "case")
     assert_true_to_step(subject, case)
 
 
 # gates from 0 to minus infinity and write strengths of 0 and 1 give no NaN where the step has none, and no error
 @drawn()
 def check_extreme_gates(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, dtypes=DTYPES[:2], gates=("mixed", "constant")), "case")
+    case = draw(scan_cases(subject, dtypes=subject.computes_in, gates=("mixed", "constant")), "case")
     assert_true_to_step(subject, case)
 
 
-def assert_true_to_step(subject: ScanSubject, case: ScanCase) -> None:
-    out = run_case(subject, case)
-    start, sizes = case.start(), case.all_sizes
-    truth, true_state = step_by_step(case.rule, case.inputs, case.lengths, start, sizes, torch.float64)
-    eager, eager_state = step_by_step(case.rule, case.inputs, case.lengths, start, sizes, case.state_dtype)
+def assert_true_to_step(subject: ScanSubject, case: ScanCase, inputs: Inputs | None = None) -> None:
+    """A case, with its own inputs or others, gives what the step gives."""
+    inputs = case.inputs if inputs is None else inputs
+    out = run_case(subject, case, inputs=inputs)
+    start, sizes, dtype = case.start(), case.all_sizes, subject.multiplied_in(case.dtype)
+    truth, true_state = step_by_step(case.rule, inputs, case.lengths, start, sizes, torch.float64)
+    eager, eager_state = step_by_step(case.rule, inputs, case.lengths, start, sizes, case.state_dtype)
     assert_as_good(out.output, eager.to(case.dtype), truth, f"{subject.id}: output")
     for name, state in true_state.items():
-        assert_as_good(out.final_state[name], eager_state[name], state, f"{subject.id}: final_state[{name!r}]")
+        assert_as_good(out.final_state[name], eager_state[name], state, f"{subject.id}: final_state[{name!r}]", dtype)
 
 
 # changing the future, or on the reference filling it with NaN, leaves the past as it was
@@ -129,7 +129,7 @@ def check_sequence_order_equivariant(subject: ScanSubject, draw: Draw) -> None:
     state = {name: x[list(order)] for name, x in case.start().items()}
     cu_seqlens = bounds(tuple(case.lengths[n] for n in order))
     out = run_case(subject, case)
-    moved = scan(case.rule, inputs, cu_seqlens, initial_state=state, backend=subject.backend)
+    moved = subject.scan(inputs, cu_seqlens, initial_state=state)
     assert_same(subject, moved.output, out.output[rows], "outputs of segments in another order")
     for name, tensor in out.final_state.items():
         assert_same(subject, moved.final_state[name], tensor[list(order)], f"{name} of segments in another order")
@@ -138,7 +138,7 @@ def check_sequence_order_equivariant(subject: ScanSubject, draw: Draw) -> None:
 # every element of every result is written: memory that comes uninitialised never shows
 @drawn(0.5)
 def check_writes_every_output(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, dtypes=DTYPES[:2]), "case")
+    case = draw(scan_cases(subject, dtypes=subject.computes_in), "case")
     clean = results(subject, case)
     with poisoned_empty():
         poisoned = results(subject, case)
@@ -149,7 +149,7 @@ def check_writes_every_output(subject: ScanSubject, draw: Draw) -> None:
 # the same call gives the same bits
 @drawn(0.5)
 def check_repeatable(subject: ScanSubject, draw: Draw) -> None:
-    case = draw(scan_cases(subject, dtypes=DTYPES), "case")
+    case = draw(scan_cases(subject, dtypes=subject.dtypes), "case")
     first, second = results(subject, case), results(subject, case)
     for name, tensor in first.items():
         assert_equal(second[name], tensor, f"{subject.id}: {name} of a second run")
@@ -172,15 +172,17 @@ def results(subject: ScanSubject, case: ScanCase) -> dict[str, Tensor]:
 def check_leaves_arguments_alone(subject: ScanSubject, draw: Draw) -> None:
     case = draw(scan_cases(subject, with_state=True), "case")
     plain = run_case(subject, case)
-    inputs = {name: strided(x) for name, x in case.inputs.items()}
-    state = {name: strided(x) for name, x in case.start().items()}
+    inputs = {name: strided(x.to(subject.device)) for name, x in case.inputs.items()}
+    state = {name: strided(x.to(subject.device)) for name, x in case.start().items()}
     out = run_case(subject, case, inputs=inputs, initial_state=state)
     assert_close(out.output, plain.output, f"{subject.id}: output of strided inputs")
     for name, tensor in plain.final_state.items():
         assert_close(out.final_state[name], tensor, f"{subject.id}: {name} of strided inputs")
-        assert_equal(state[name], case.with_seed(case.seed).start()[name], f"{subject.id}: initial_state[{name!r}]")
+        assert_equal(
+            state[name].cpu(), case.with_seed(case.seed).start()[name], f"{subject.id}: initial_state[{name!r}]"
+        )
     for name, tensor in case.with_seed(case.seed).inputs.items():
-        assert_equal(inputs[name], tensor, f"{subject.id}: {name} after the scan")
+        assert_equal(inputs[name].cpu(), tensor, f"{subject.id}: {name} after the scan")
 
 
 def strided(x: Tensor) -> Tensor:

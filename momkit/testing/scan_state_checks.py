@@ -3,11 +3,9 @@
 import torch
 from hypothesis import strategies as st
 
-from momkit.scan import run, scan
 from momkit.testing.drawing import Draw, applies_if, drawn
-from momkit.testing.oracle import step_by_step
 from momkit.testing.poison import poisoned_empty
-from momkit.testing.scan_checks import assert_same, run_case
+from momkit.testing.scan_checks import assert_same, assert_true_to_step, run_case
 from momkit.testing.strategies import bounds, cuts, scan_cases, seeds
 from momkit.testing.subjects import ScanSubject
 from momkit.testing.tolerances import assert_close, assert_equal
@@ -22,7 +20,7 @@ def check_state_passing(subject: ScanSubject, draw: Draw) -> None:
     state, outputs, start = case.initial_state, [], 0
     for length in pieces:
         part = {n: x[start : start + length] if n in case.token_inputs() else x for n, x in case.inputs.items()}
-        out = scan(case.rule, part, initial_state=state, backend=subject.backend)
+        out = subject.scan(part, initial_state=state)
         outputs.append(out.output)
         state, start = out.final_state, start + length
     assert_close(torch.cat(outputs), whole.output, f"{subject.id}: outputs of the pieces {pieces}")
@@ -39,7 +37,7 @@ def check_step_matches_scan(subject: ScanSubject, draw: Draw) -> None:
     state = case.start()
     for t in range(case.num_tokens):
         token = {n: x[t : t + 1] if n in case.token_inputs() else x for n, x in case.inputs.items()}
-        out = scan(case.rule, token, initial_state=state, backend=subject.backend)
+        out = subject.scan(token, initial_state=state)
         assert_close(out.output[0], whole.output[t], f"{subject.id}: token {t} by itself")
         state = out.final_state
     for name, tensor in whole.final_state.items():
@@ -56,7 +54,7 @@ def check_empty_segments(subject: ScanSubject, draw: Draw) -> None:
     extra = case.random_state(case.seed + 3, 1)
     state = {n: torch.cat([x[:place], extra[n], x[place:]]) for n, x in case.start().items()}
     plain = run_case(subject, case)
-    out = scan(case.rule, case.inputs, bounds(lengths), initial_state=state, backend=subject.backend)
+    out = subject.scan(case.inputs, bounds(lengths), initial_state=state)
     assert_same(subject, out.output, plain.output, f"outputs beside an empty segment at {place}")
     for name, tensor in out.final_state.items():
         assert_equal(tensor[place], extra[name][0], f"{subject.id}: {name} of an empty segment")
@@ -78,12 +76,12 @@ def check_uncovered_tail(subject: ScanSubject, draw: Draw) -> None:
     inputs = {name: x.clone().requires_grad_() for name, x in case.inputs.items()}
     state = {name: x[:covered] for name, x in case.start().items()}
     with poisoned_empty():
-        out = run(case.rule, inputs, cu_seqlens, initial_state=state, backend=subject.backend)
+        out = subject.run(inputs, cu_seqlens, initial_state=state)
         total = out.output.sum() + sum(s.sum() for s in out.final_state.values())
         if total.requires_grad:
             total.backward()
     alone = {n: x[:end] if n in case.token_inputs() else x for n, x in case.inputs.items()}
-    expected = run(case.rule, alone, cu_seqlens, initial_state=state, backend=subject.backend)
+    expected = subject.run(alone, cu_seqlens, initial_state=state)
     assert_same(subject, out.output[:end], expected.output, "covered rows")
     assert_equal(out.output[end:], torch.zeros_like(out.output[end:]), f"{subject.id}: rows in no segment")
     for name in case.token_inputs():
@@ -102,14 +100,8 @@ def check_state_index(subject: ScanSubject, draw: Draw) -> None:
     pool = case.random_state(case.seed + 3, rows)
     before = {name: tensor.clone() for name, tensor in pool.items()}
     picked = run_case(subject, case, initial_state={name: tensor[index] for name, tensor in pool.items()})
-    out = scan(
-        case.rule,
-        case.inputs,
-        case.cu_seqlens,
-        initial_state=pool,
-        state_index=index.int() if case.seed % 2 else index,
-        backend=subject.backend,
-    )
+    state_index = index.int() if case.seed % 2 else index
+    out = subject.scan(case.inputs, case.cu_seqlens, initial_state=pool, state_index=state_index)
     assert_same(subject, out.output, picked.output, f"outputs from rows {index.tolist()} of a pool")
     for name, tensor in picked.final_state.items():
         assert_same(subject, out.final_state[name], tensor, f"{name} from rows {index.tolist()} of a pool")
@@ -139,10 +131,4 @@ def check_frozen_tokens_leave_no_trace(subject: ScanSubject, draw: Draw) -> None
     case = draw(scan_cases(subject), "case")
     generator = torch.Generator().manual_seed(draw(seeds, "frozen tokens"))
     where = torch.rand(case.num_tokens, generator=generator) < 0.3
-    frozen = case.rule.freeze(case.inputs, where)
-    start, sizes = case.start(), case.all_sizes
-    out = run_case(subject, case, inputs=frozen)
-    truth, final = step_by_step(case.rule, frozen, case.lengths, start, sizes, torch.float64)
-    assert_close(out.output, truth, f"{subject.id}: outputs with frozen tokens")
-    for name, tensor in final.items():
-        assert_close(out.final_state[name], tensor, f"{subject.id}: {name} with frozen tokens")
+    assert_true_to_step(subject, case, case.rule.freeze(case.inputs, where))

@@ -28,7 +28,9 @@ def ragged(
     draw: st.DrawFn, max_tokens: int | None = None, min_segments: int = 1, max_segments: int = 5
 ) -> tuple[int, ...]:
     """Lengths of packed segments: empty ones, single tokens, shorter than a conv, longer than a chunk."""
-    left = current_profile().max_tokens if max_tokens is None else max_tokens
+    left = current_profile().max_tokens
+    if max_tokens is not None:
+        left = min(left, max_tokens)
     lengths: list[int] = []
     # two first: what hypothesis takes for simple should still be able to go wrong
     for _ in range(draw(st.sampled_from(sorted(range(min_segments, max_segments + 1), key=lambda n: abs(n - 2))))):
@@ -51,12 +53,18 @@ def cuts(draw: st.DrawFn, length: int, most: int = 3) -> tuple[int, ...]:
 
 @st.composite
 def rule_sizes(draw: st.DrawFn, subject: RuleSubject) -> Sizes:
-    """A small size for every axis of a rule, H a multiple of G, those fixed that its spec fixes."""
-    fixed = subject.fixed_sizes()
-    sizes = {axis: draw(st.sampled_from(AXIS_SIZES)) for axis in sorted(subject.axes() - {"G", "H"})} | fixed
+    """A size for every axis of a rule, H a multiple of G, those fixed that its spec or the profile fixes."""
+    profile, fixed = current_profile(), subject.fixed_sizes()
+    shape = draw(st.sampled_from(profile.shapes)) if profile.shapes else {}
+    free = sorted(subject.axes() - {"G", "H"})
+    sizes = {axis: draw(st.sampled_from(AXIS_SIZES)) for axis in free}
+    sizes |= {axis: shape[axis] for axis in free if axis in shape} | fixed
     if {"G", "H"} & subject.axes():
         # four heads of two key heads: the least that tells h // r from h % G
-        heads = [(H, G) for H, G in ((2, 2), (4, 2), (2, 1), (1, 1)) if "G" in subject.axes() or G == H]
+        choices = ((2, 2), (4, 2), (2, 1), (1, 1))
+        heads = [(H, G) for H, G in choices if profile.max_heads >= H and ("G" in subject.axes() or G == H)]
+        if shape:
+            heads = [(shape["H"], shape["G" if "G" in subject.axes() else "H"])]
         if "H" in fixed:
             heads = [(fixed["H"], G) for G in ((1, fixed["H"]) if "G" in subject.axes() else (fixed["H"],))]
         sizes["H"], sizes["G"] = draw(st.sampled_from(heads))
@@ -163,20 +171,20 @@ def scan_cases(
     subject: RuleSubject,
     *,
     gates: tuple[str, ...] = ("sampled",),
-    dtypes: tuple[torch.dtype, ...] = (torch.float64,),
+    dtypes: tuple[torch.dtype, ...] | None = None,
     max_tokens: int | None = None,
     min_segments: int = 1,
     max_segments: int = 5,
     with_state: bool | None = None,
 ) -> ScanCase:
-    """A scan of a rule."""
+    """A scan of a rule; of the dtypes one is drawn, by default the widest that the subject takes."""
     return ScanCase(
         subject.rule,
         sizes=draw(rule_sizes(subject)),
         lengths=draw(ragged(max_tokens, min_segments, max_segments)),
         seed=draw(seeds),
         gates=draw(st.sampled_from(gates)),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=draw(st.sampled_from(dtypes or (subject.widest,))),
         with_state=draw(st.booleans()) if with_state is None else with_state,
     )
 

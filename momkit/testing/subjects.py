@@ -1,20 +1,22 @@
 """What checks are run on: a rule, a rule on one backend, a block, a router, the dispatch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from momkit.block import MoMBlock
-from momkit.mechanisms.base import Context, Mechanism, MechanismSpec, Sizes
+from momkit.mechanisms.base import Context, Inputs, Mechanism, MechanismSpec, Sizes
+from momkit.mechanisms.triton_scan import interpreting, why_not_triton
 from momkit.registry import registry, temporarily
 from momkit.routing.base import Router, RouterContext, RouterSpec
-from momkit.scan import Backend
+from momkit.scan import Backend, ScanOutput, run, scan
 from momkit.spec import MoMSpec
+from momkit.testing.devices import CPU
 
 HIDDEN_SIZE = 8
 
@@ -30,6 +32,11 @@ class Subject:
     def id(self) -> str:
         return self.name
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables without which this subject is not checked."""
+        return {}
+
 
 @dataclass(frozen=True)
 class RuleSubject(Subject):
@@ -43,6 +50,11 @@ class RuleSubject(Subject):
     def rule(self) -> Mechanism:
         """The rule without parameters, as `scan` makes it."""
         return self.cls(self.spec)
+
+    @property
+    def widest(self) -> torch.dtype:
+        """The dtype of checks that are not about dtypes."""
+        return torch.float64
 
     def axes(self) -> set[str]:
         """Every axis that an input or a state has, but T."""
@@ -75,9 +87,10 @@ class RuleSubject(Subject):
 
 @dataclass(frozen=True)
 class ScanSubject(RuleSubject):
-    """A rule on one backend."""
+    """A rule on one backend, on one device."""
 
     backend: Backend
+    device: torch.device = CPU
     kind = "scan"
 
     @property
@@ -88,6 +101,56 @@ class ScanSubject(RuleSubject):
     def exact(self) -> bool:
         """Whether results must not depend, by a single bit, on what else is computed beside them."""
         return self.backend == "reference"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        where = {} if self.device.type == "cpu" else {"MOMKIT_DEVICE": self.device.type}
+        return where | ({"TRITON_INTERPRET": "1"} if self.backend == "triton" and interpreting() else {})
+
+    @cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """What inputs may be, as far as it makes a difference."""
+        if self.backend == "triton":
+            every = (torch.float32, torch.float16, torch.bfloat16)
+            return tuple(dtype for dtype in every if why_not_triton(self.rule, self.device, dtype) is None)
+        return torch.float32, torch.float64, torch.bfloat16
+
+    @property
+    def computes_in(self) -> tuple[torch.dtype, ...]:
+        """What it multiplies in: kernels in the dtype of the inputs, the others in that of the state."""
+        return self.dtypes if self.backend == "triton" else (torch.float32, torch.float64)
+
+    def multiplied_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What it multiplies inputs of `dtype` in."""
+        return dtype if dtype in self.computes_in else torch.float32
+
+    @property
+    def widest(self) -> torch.dtype:
+        return max(self.dtypes, key=lambda dtype: dtype.itemsize)
+
+    def scan(self, inputs: Inputs, cu_seqlens: Tensor | None = None, **options: Any) -> ScanOutput:
+        """`momkit.scan` on this backend and device; tensors come from the CPU and go back to it."""
+        return self.there_and_back(scan, inputs, cu_seqlens, **options)
+
+    def run(self, inputs: Inputs, cu_seqlens: Tensor, **options: Any) -> ScanOutput:
+        """The same without the checks of `scan`."""
+        return self.there_and_back(run, inputs, cu_seqlens, **options)
+
+    def there_and_back(self, door: Callable[..., ScanOutput], *tensors: Any, **options: Any) -> ScanOutput:
+        there = moved(tensors, self.device), moved(options, self.device)
+        out = door(self.rule, *there[0], **there[1], backend=self.backend)
+        for name, tensor in {"output": out.output, **out.final_state}.items():
+            assert tensor.device.type == self.device.type, f"{self.id}: {name} is on {tensor.device}"
+        return ScanOutput(out.output.cpu(), moved(out.final_state, CPU))
+
+
+def moved(x: Any, device: torch.device) -> Any:
+    """Tensors, alone or in tuples and dicts, on a device; anything else as it is."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, Mapping):
+        return {name: moved(entry, device) for name, entry in x.items()}
+    return tuple(moved(entry, device) for entry in x) if isinstance(x, tuple) else x
 
 
 @dataclass(frozen=True)

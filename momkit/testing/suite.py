@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
+import torch
+
 from momkit.errors import InputError
 from momkit.scan import Backend
 from momkit.testing import (
     block_checks,
     block_state_checks,
+    decode_checks,
     dispatch_checks,
     gradient_checks,
     router_checks,
@@ -26,6 +29,7 @@ from momkit.testing.targets import Target, subjects_of
 MODULES: dict[str, tuple[ModuleType, ...]] = {
     "rule": (rule_checks,),
     "scan": (scan_checks, scan_state_checks, gradient_checks),
+    "decode": (decode_checks,),
     "block": (block_checks, block_state_checks),
     "router": (router_checks,),
     "dispatch": (dispatch_checks,),
@@ -80,14 +84,18 @@ def checks_on(subject: Subject) -> list[BoundCheck]:
 
 
 def bound_checks(
-    targets: Iterable[Target], expected_failures: Mapping[str, str] | None = None, backend: Backend | None = None
+    targets: Iterable[Target],
+    expected_failures: Mapping[str, str] | None = None,
+    backend: Backend | None = None,
+    device: torch.device | None = None,
 ) -> list[tuple[BoundCheck, str | None]]:
     """Every check of the targets, with the reason where it is expected to fail.
 
     expected_failures: a check's name, or its whole id, to the reason; one that names no check is refused.
     """
     expected = dict(expected_failures or {})
-    found = [check for target in targets for subject in subjects_of(target, backend) for check in checks_on(subject)]
+    subjects = [subject for target in targets for subject in subjects_of(target, backend, device)]
+    found = [check for subject in subjects for check in checks_on(subject)]
     names = {name for check in found for name in (check.id, check.check.__name__)}
     if unknown := sorted(set(expected) - names):
         raise InputError(f"expected_failures names {', '.join(unknown)}; there is no such check")
@@ -124,13 +132,15 @@ def check(
     *,
     only: str = "",
     backend: Backend | None = None,
+    device: torch.device | None = None,
     expected_failures: Mapping[str, str] | None = None,
 ) -> list[CheckResult]:
     """Run every check of a rule or router and report on each; needs no pytest.
 
     target: a registered name, "dispatch", a spec, or a class, which need not be registered.
     only: checks whose id contains this. backend: the one to check a rule on; all that can run it by default.
+    device: where scans are checked; the one that MOMKIT_DEVICE names, or the CPU, by default.
     expected_failures: a check's name or id to the reason why it fails; one that passes is reported.
     """
-    chosen = bound_checks([target], expected_failures, backend)
+    chosen = bound_checks([target], expected_failures, backend, device)
     return [run_check(bound, reason) for bound, reason in chosen if only in bound.id]

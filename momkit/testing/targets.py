@@ -3,6 +3,7 @@
 import re
 from typing import cast
 
+import torch
 import yaml
 from pydantic import BaseModel
 
@@ -11,17 +12,19 @@ from momkit.mechanisms.base import Mechanism, MechanismSpec
 from momkit.registry import find_mechanism, find_router, registry
 from momkit.routing.base import Router, RouterSpec
 from momkit.scan import BACKENDS, Backend, choose_backend
+from momkit.testing.decode_checks import decode_subjects
+from momkit.testing.devices import CPU, current_device
 from momkit.testing.subjects import BlockSubject, DispatchSubject, RouterSubject, RuleSubject, ScanSubject, Subject
 
 Target = str | MechanismSpec | RouterSpec | type[Mechanism] | type[Router]
 
 
-def backends_for(rule: Mechanism) -> list[Backend]:
-    """Every backend that can run a rule here."""
+def backends_for(rule: Mechanism, device: torch.device = CPU) -> list[Backend]:
+    """Every backend that can run a rule on a device."""
     able: list[Backend] = []
     for backend in cast(dict[Backend, object], BACKENDS):
         try:
-            choose_backend(rule, backend)
+            choose_backend(rule, backend, device=device)
         except BackendError:
             continue
         able.append(backend)
@@ -35,15 +38,19 @@ def name_with_options(name: str, spec: BaseModel) -> str:
     return f"{name}({','.join(changed)})" if changed else name
 
 
-def subjects_of_rule(cls: type[Mechanism], spec: MechanismSpec, backend: Backend | None = None) -> list[Subject]:
-    """A rule, the rule on every backend (or one), and a block around it."""
+def subjects_of_rule(
+    cls: type[Mechanism], spec: MechanismSpec, backend: Backend | None, device: torch.device
+) -> list[Subject]:
+    """A rule, its scan and its decoding on every backend (or one) on a device, and a block around it."""
     name = name_with_options(cls.name, spec)
     rule = RuleSubject(name, cls, spec)
-    able = backends_for(rule.rule)
+    able = backends_for(rule.rule, device)
     if backend is not None:
-        choose_backend(rule.rule, backend)
+        choose_backend(rule.rule, backend, device=device)
         able = [backend]
-    return [rule, *(ScanSubject(name, cls, spec, b) for b in able), BlockSubject(name, rule)]
+    scans = [ScanSubject(name, cls, spec, b, device) for b in able]
+    decodes = [d for d in decode_subjects(name, cls, spec, device) if backend in (None, d.backend)]
+    return [rule, *scans, *decodes, BlockSubject(name, rule)]
 
 
 def subjects_of_router(cls: type[Router], spec: RouterSpec) -> list[Subject]:
@@ -52,22 +59,26 @@ def subjects_of_router(cls: type[Router], spec: RouterSpec) -> list[Subject]:
     return [router, BlockSubject(router.name, router)]
 
 
-def subjects_of(target: Target, backend: Backend | None = None) -> list[Subject]:
-    """Everything to check for a registered name, a spec or a class, which need not be registered."""
+def subjects_of(target: Target, backend: Backend | None = None, device: torch.device | None = None) -> list[Subject]:
+    """Everything to check for a registered name, a spec or a class, which need not be registered.
+
+    device: where scans are checked; None is the one that MOMKIT_DEVICE names.
+    """
+    device = current_device() if device is None else device
     if isinstance(target, str):
-        return subjects_of_name(target, backend)
+        return subjects_of_name(target, backend, device)
     if isinstance(target, type) and issubclass(target, Mechanism):
-        return subjects_of_rule(target, target.Spec(), backend)
+        return subjects_of_rule(target, target.Spec(), backend, device)
     if isinstance(target, type) and issubclass(target, Router):
         return subjects_of_router(target, target.Spec())
     if isinstance(target, MechanismSpec):
-        return subjects_of_rule(find_mechanism(target.kind), target, backend)
+        return subjects_of_rule(find_mechanism(target.kind), target, backend, device)
     if isinstance(target, RouterSpec):
         return subjects_of_router(find_router(target.kind), target)
     raise InputError(f"{target!r} can't be checked; allowed: a registered name, a spec, a Mechanism or Router class")
 
 
-def subjects_of_name(name: str, backend: Backend | None = None) -> list[Subject]:
+def subjects_of_name(name: str, backend: Backend | None, device: torch.device) -> list[Subject]:
     """The rule of a name, and the router of that name, or the dispatch; options may follow: `gla(num_heads=3)`."""
     parts = re.fullmatch(r"(\w+)(?:\((.*)\))?", name)
     options = [] if parts is None or not parts[2] else parts[2].split(",")
@@ -78,7 +89,7 @@ def subjects_of_name(name: str, backend: Backend | None = None) -> list[Subject]
     found: list[list[Subject]] = [[DispatchSubject()]] if bare == DispatchSubject().name else []
     if bare in registry().names("mechanism"):
         rule = find_mechanism(bare)
-        found.append(subjects_of_rule(rule, rule.Spec.model_validate(fields), backend))
+        found.append(subjects_of_rule(rule, rule.Spec.model_validate(fields), backend, device))
     if bare in registry().names("router"):
         router = find_router(bare)
         found.append(subjects_of_router(router, router.Spec.model_validate(fields)))

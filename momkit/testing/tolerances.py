@@ -2,6 +2,8 @@
 
 A rule's error against the float64 step is at most FACTOR times the error of the same step in the same dtype, plus a
 floor. Errors are the largest of a tensor, relative to its largest value where that is above one.
+The floor is that of the dtype a result was computed in. Tensor cores multiply in the dtype of the inputs, so it is the
+inputs' for all that kernels return, their float32 states and gradients too; other backends multiply in the state's.
 """
 
 import torch
@@ -33,10 +35,13 @@ def assert_equal(actual: Tensor, expected: Tensor, what: str) -> None:
     assert torch.equal(actual, expected), f"{what}: not equal bitwise{where_worst(actual, expected)}"
 
 
-def assert_as_good(actual: Tensor, eager: Tensor, truth: Tensor, what: str) -> None:
-    """The rule of this module: `eager` is the step in the dtype of `actual`, `truth` the step in float64."""
+def assert_as_good(actual: Tensor, eager: Tensor, truth: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+    """The rule of this module: `eager` is the step in the dtype of `actual`, `truth` the step in float64.
+
+    dtype: what `actual` was computed in; None is the dtype of `eager`.
+    """
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    wrong, allowed = error(actual, truth), FACTOR * error(eager, truth) + FLOOR[eager.dtype]
+    wrong, allowed = error(actual, truth), FACTOR * error(eager, truth) + FLOOR[dtype or eager.dtype]
     assert wrong <= allowed, f"{what}: error {wrong:.3g}, allowed {allowed:.3g}{where_worst(actual, truth)}"
 
 
@@ -44,6 +49,7 @@ def where_worst(actual: Tensor, expected: Tensor) -> str:
     """The index of the largest difference, for a message."""
     if actual.shape != expected.shape or actual.numel() == 0:
         return ""
-    difference = (actual.detach().double() - expected.detach().double()).abs().nan_to_num(nan=torch.inf)
+    actual, expected = actual.detach(), expected.detach()
+    difference = (actual.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
     index = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
     return f", worst at {list(index)}: {float(actual[index]):.6g} instead of {float(expected[index]):.6g}"

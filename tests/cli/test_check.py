@@ -15,7 +15,9 @@ DOCUMENTED = ["check", "gated_deltanet", "--only", "gated_deltanet-check_documen
 
 @pytest.fixture(autouse=True)
 def profile(monkeypatch):
+    # both are set by options of the command, too, so that they are put back
     monkeypatch.setenv("MOMKIT_PROFILE", "mutants")
+    monkeypatch.setenv("MOMKIT_DEVICE", "cpu")
 
 
 def run(*arguments):
@@ -72,6 +74,8 @@ def test_all_covers_everything_registered():
         (["mamba", "--backend", "chunked"], "chunked"),
         (["gla", "--only", "check_nothing"], "check_nothing"),
         (["gla", "--profile", "fast"], "MOMKIT_PROFILE = 'fast'"),
+        (["gla", "--device", "gpu"], "MOMKIT_DEVICE = 'gpu'"),
+        (["gla", "--backend", "triton"], "no kernel family serves"),
         (["gla", "--wrong"], "--wrong"),
     ],
 )

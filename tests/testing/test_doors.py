@@ -5,14 +5,18 @@ import sys
 from typing import Literal
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from momkit.errors import BackendError, InputError, UnknownNameError
 from momkit.mechanisms.gated_deltanet import GatedDeltaNet, GatedDeltaNetSpec
 from momkit.mechanisms.linear_attention import LinearAttentionSpec
+from momkit.mechanisms.mamba2 import Mamba2, Mamba2Spec
 from momkit.registry import registry
 from momkit.routing.softmax_topk import SoftmaxTopK, SoftmaxTopKSpec
 from momkit.testing import CheckResult, check, parametrize_with_checks
+from momkit.testing.devices import current_device
+from momkit.testing.subjects import ScanSubject
 from momkit.testing.suite import bound_checks
 
 
@@ -80,6 +84,48 @@ def test_one_backend_can_be_chosen():
     assert not [i for i in ids(["gated_deltanet"], backend="chunked") if "-reference-" in i]
     with pytest.raises(BackendError, match="mamba"):
         ids(["mamba"], backend="chunked")
+
+
+def test_kernels_are_checked_where_they_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not [i for i in ids(["gated_deltanet"]) if "-triton-" in i]
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
+        ids(["gated_deltanet"], backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "gated_deltanet-triton-check_causal" in ids(["gated_deltanet"])
+    assert not [i for i in ids(["gla"]) if i.startswith("gla-triton-")]
+
+
+def test_what_a_subject_takes_follows_from_backend_and_device(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    scans = {b: ScanSubject("mamba2", Mamba2, Mamba2Spec(), b) for b in ("reference", "chunked", "triton")}
+    assert scans["triton"].dtypes == scans["triton"].computes_in == (torch.float32, torch.float16)
+    assert scans["triton"].widest == torch.float32
+    assert scans["triton"].multiplied_in(torch.float16) == torch.float16
+    assert scans["triton"].environment == {"TRITON_INTERPRET": "1"}
+    for backend in ("reference", "chunked"):
+        assert torch.float16 not in scans[backend].dtypes
+        assert scans[backend].widest == torch.float64
+        assert scans[backend].multiplied_in(torch.bfloat16) == torch.float32
+        assert scans[backend].environment == {}
+    assert [backend for backend, subject in scans.items() if subject.exact] == ["reference"]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_gpu = ScanSubject("mamba2", Mamba2, Mamba2Spec(), "triton", torch.device("cuda"))
+    assert on_gpu.dtypes == (torch.float32, torch.float16, torch.bfloat16)
+    assert on_gpu.environment == {"MOMKIT_DEVICE": "cuda"}
+
+
+def test_the_device_is_one_that_is_there(monkeypatch):
+    monkeypatch.delenv("MOMKIT_DEVICE", raising=False)
+    assert current_device() == torch.device("cpu")
+    monkeypatch.setenv("MOMKIT_DEVICE", "gpu")
+    with pytest.raises(InputError, match="MOMKIT_DEVICE = 'gpu'"):
+        ids(["gated_deltanet"])
+    monkeypatch.setenv("MOMKIT_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA GPU"):
+        ids(["gated_deltanet"])
 
 
 def test_everything_registered_has_checks():
@@ -171,6 +217,8 @@ def test_pytest_parameters():
     assert (mark.name, mark.kwargs) == ("xfail", {"reason": reason, "strict": True})
     assert not found["my_rule-block-check_causal"].marks
     found["my_rule-check_declares_itself"].values[0]()
+    some = parameters(parametrize_with_checks([MyRule], only="-chunked-", backend="chunked"))
+    assert [p.id for p in some] == [i for i in ids([MyRule]) if "-chunked-" in i]
 
 
 def test_three_lines_make_a_test_file(tmp_path):

@@ -92,6 +92,25 @@ def test_sizes_tell_keys_from_values_and_heads_from_key_heads():
     assert any(1 < sizes["G"] < sizes["H"] for sizes in drawn)
 
 
+def test_a_profile_caps_what_is_drawn(monkeypatch):
+    monkeypatch.setenv("MOMKIT_PROFILE", "interpret")
+    for case in examples(scan_cases(subject("gated_deltanet"), max_tokens=96), 60):
+        assert case.sizes["H"] <= 2
+        assert case.num_tokens <= 70
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "gsa", "ttt_linear", "mamba"])
+def test_a_profile_may_fix_shapes(monkeypatch, name):
+    monkeypatch.setenv("MOMKIT_PROFILE", "cuda")
+    axes = subject(name).axes()
+    allowed = [{axis: size for axis, size in shape.items() if axis in axes} for shape in PROFILES["cuda"].shapes]
+    drawn = examples(rule_sizes(subject(name)), 40)
+    found = [{axis: sizes[axis] for axis in "HGKV" if axis in axes} for sizes in drawn]
+    assert all(sizes in allowed for sizes in found)
+    assert all(shape in found for shape in allowed)
+    assert all(axes <= set(sizes) for sizes in drawn)
+
+
 def test_sizes_that_a_spec_fixes_stay():
     cls = registry().find("mechanism", "gated_deltanet")
     fixed = RuleSubject("gated_deltanet", cls, cls.Spec(num_heads=3, head_dim=7))

@@ -31,6 +31,13 @@ def test_twice_the_eager_error_and_no_more():
         assert_as_good(torch.tensor([2.1e-3]), eager, truth, "x")
 
 
+def test_the_floor_is_that_of_what_computed():
+    truth, eager = torch.zeros(1, dtype=torch.float64), torch.zeros(1)
+    assert_as_good(torch.tensor([1.9e-3]), eager, truth, "x", torch.float16)
+    with pytest.raises(AssertionError, match="allowed 1e-05"):
+        assert_as_good(torch.tensor([1.9e-3]), eager, truth, "x")
+
+
 def test_shapes_are_part_of_closeness():
     with pytest.raises(AssertionError, match="shape"):
         assert_close(torch.zeros(1, 2), torch.zeros(2), "x")

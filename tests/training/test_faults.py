@@ -10,7 +10,7 @@ from momkit.errors import CheckpointError, InputError
 from momkit.models.lm import LMState, MoMLM
 from momkit.models.spec import LMSpec
 from momkit.tasks.selective_copy import SelectiveCopySpec
-from momkit.testing.targets import subjects_of_name
+from momkit.testing.targets import subjects_of
 from momkit.training.checkpoint import load_checkpoint
 from momkit.training.config import TrainConfig, check_device
 from momkit.training.folder import RunFolder
@@ -125,7 +125,7 @@ def test_slices_that_would_be_scored_as_one():
 @pytest.mark.parametrize("name", ["gla(", "gla(num_heads", "gla(num_heads)", "gla)x"])
 def test_targets_that_are_no_names(name):
     with pytest.raises(InputError, match="can't be checked"):
-        subjects_of_name(name)
+        subjects_of(name)
 
 
 def test_keys_said_twice():

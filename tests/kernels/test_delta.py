@@ -1,0 +1,223 @@
+"""The delta kernels under Triton's interpreter, held to the rules' step in float64: `TRITON_INTERPRET=1 pytest`."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from momkit.mechanisms.triton_scan import interpreting
+from momkit.scan import as_mechanism, run
+from momkit.testing.oracle import gradients_of
+from momkit.testing.poison import poisoned_empty
+from momkit.testing.tolerances import assert_as_good, assert_equal
+
+if not interpreting():
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from momkit.kernels import delta
+from momkit.kernels.delta import delta_scan
+
+
+@dataclass
+class Case:
+    """Inputs by name, bounds of the segments, initial state; rows past the last segment are a tail."""
+
+    inputs: dict[str, Tensor]
+    cu_seqlens: Tensor
+    initial_state: Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.inputs["q"].shape[-1] ** -0.5
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inputs["q"].dtype
+
+    def leaves(self, wide: bool) -> dict[str, Tensor]:
+        every = {**self.inputs, "initial_state": self.initial_state}
+        return {name: (x.double() if wide else x.clone()).requires_grad_() for name, x in every.items()}
+
+
+def make(lengths, H=1, G=1, K=16, V=16, gates="token", dtype=torch.float32, tail=0, seed=0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    T, N = sum(lengths) + tail, len(lengths)
+    inputs = {"q": randn(T, G, K), "k": normalize(randn(T, G, K), dim=-1), "v": randn(T, H, V)}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    inputs["beta"] = randn(T, H).sigmoid()
+    if gates is not None:
+        inputs["g"] = -0.1 * randn(*((T, H) if gates == "token" else (H,))).exp()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    return Case(inputs, cu_seqlens, randn(N, H, K, V))
+
+
+def sprinkle(tensor: Tensor, values: tuple[float, ...], share: float = 0.1) -> None:
+    """Some entries of a tensor replaced, each value as often."""
+    generator = torch.Generator().manual_seed(3)
+    for value in values:
+        tensor[torch.rand(tensor.shape, generator=generator) < share] = value
+
+
+def results(outputs: tuple[Tensor, Tensor], leaves: dict[str, Tensor], parts: str) -> dict[str, Tensor]:
+    """Output, final state, and the gradients of a random weighting of those named in `parts`."""
+    generator = torch.Generator().manual_seed(7)
+    named = dict(zip(("output", "final_state"), outputs, strict=True))
+    weights = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64) for name, x in named.items()}
+    total = sum((named[name].double() * weights[name]).sum() for name in parts.split())
+    return named | {f"gradient of {name}": x for name, x in gradients_of(total, leaves).items()}
+
+
+def reference(case: Case, wide: bool, parts: str) -> dict[str, Tensor]:
+    leaves = case.leaves(wide)
+    inputs = {name: x for name, x in leaves.items() if name != "initial_state"}
+    rule = as_mechanism("gated_deltanet" if "g" in inputs else "deltanet")
+    if "g" in inputs and inputs["g"].ndim == 1:
+        inputs["g"] = inputs["g"].expand(inputs["v"].shape[:2])
+    state = {"S": leaves["initial_state"]}
+    out = run(rule, inputs, case.cu_seqlens, initial_state=state, backend="reference")
+    return results((out.output, out.final_state["S"]), leaves, parts)
+
+
+def kernels(case: Case, parts: str = "output final_state") -> dict[str, Tensor]:
+    x = case.leaves(wide=False)
+    outputs = delta_scan(x["q"], x["k"], x["v"], x.get("g"), x["beta"], case.cu_seqlens, x["initial_state"], case.scale)
+    return results(outputs, x, parts)
+
+
+def assert_right(case: Case, parts: str = "output final_state") -> None:
+    """Outputs and all gradients: as good as the step in the same dtype."""
+    found, truth, eager = kernels(case, parts), reference(case, True, parts), reference(case, False, parts)
+    for name, x in truth.items():
+        # what float16 operands are multiplied into is no better than float16, whatever it is stored in
+        assert_as_good(found[name], eager[name].to(case.dtype), x, name)
+
+
+RAGGED = (0, 1, 63, 64, 65, 130)
+
+
+@pytest.mark.parametrize("gates", ["token", "head", None])
+def test_ragged_segments(gates):
+    assert_right(make(RAGGED, H=2, G=1, K=20, V=48, gates=gates, tail=3))
+
+
+def test_float16():
+    assert_right(make((70, 0, 1, 64), H=2, G=2, K=32, V=20, dtype=torch.float16))
+
+
+def test_tiles_of_a_wide_state():
+    assert_right(make((40,), K=130, V=70))
+
+
+@pytest.mark.parametrize("parts", ["output", "final_state"])
+def test_gradient_of_one_result(parts):
+    assert_right(make((5, 40)), parts)
+
+
+def test_extreme_gates_and_strengths():
+    case = make((1, 70, 40), H=2, G=2, K=16, V=20)
+    sprinkle(case.inputs["g"], (0.0, -1e-3, -50.0, -1e4, -torch.inf))
+    sprinkle(case.inputs["beta"], (0.0, 1.0), 0.2)
+    assert_right(case)
+
+
+def test_one_key_over_and_over():
+    case = make((100,), K=16, V=16, gates=None)
+    case.inputs["k"][:] = 1.4 * case.inputs["k"][0]
+    sprinkle(case.inputs["beta"], (0.0, 1.0), 0.3)
+    assert_right(case)
+
+
+# without its gates, the inverse of a chunk's system would overflow
+def test_long_keys_that_gates_tame():
+    case = make((70,), K=16, V=16)
+    case.inputs["k"][:] = 5 * case.inputs["k"][0]
+    case.inputs["g"] -= 6
+    assert_right(case)
+
+
+@pytest.mark.parametrize("lengths, tail", [((), 0), ((), 5), ((0, 0), 0), ((0, 3), 4)])
+def test_nothing_or_little_to_do(lengths, tail):
+    assert_right(make(lengths, tail=tail))
+
+
+def test_uncovered_rows_are_zeros_whatever_they_hold():
+    case = make((3, 40), tail=70)
+    for x in case.inputs.values():
+        x[43:] = torch.nan
+    found = kernels(case)
+    for name in ("output", *(f"gradient of {name}" for name in case.inputs)):
+        assert_equal(found[name][43:], torch.zeros_like(found[name][43:]), name)
+        assert found[name].isfinite().all(), name
+
+
+def test_every_element_is_written():
+    case = make((0, 1, 70), H=2, G=1, tail=3)
+    expected = kernels(case)
+    with poisoned_empty():
+        found = kernels(case)
+    for name, x in expected.items():
+        assert_equal(found[name], x, name)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(delta, "SHORTEST_PIECE", 64)
+    monkeypatch.setattr(delta, "multiprocessors", lambda device: 1 << 20)
+
+
+@pytest.mark.parametrize("gates", ["token", None])
+def test_split_segments(short_pieces, gates):
+    assert_right(make((0, 64, 300, 65, 130), H=2, G=1, K=20, V=36, gates=gates, tail=3))
+
+
+def test_split_segments_write_every_element(short_pieces):
+    case = make((3, 200, 70), tail=3)
+    expected = kernels(case)
+    with poisoned_empty():
+        found = kernels(case)
+    for name, x in expected.items():
+        assert_equal(found[name], x, name)
+
+
+def test_split_at_a_reset(short_pieces):
+    case = make((260,))
+    sprinkle(case.inputs["g"], (-50.0, -1e4, -torch.inf), 0.01)
+    case.inputs["g"][64] = case.inputs["g"][127] = -torch.inf
+    assert_right(case)
+
+
+def test_some_heads_at_a_time(monkeypatch):
+    case = make((70, 3), H=4, G=2)
+    expected = kernels(case)
+    monkeypatch.setattr(delta, "WORKSPACE", 0)
+    found = kernels(case)
+    for name, x in expected.items():
+        assert_equal(found[name], x, name)
+
+
+def test_views_are_as_good_as_copies():
+    case = make((40,), H=2, G=2)
+    expected = kernels(case)
+    case.inputs = {name: x.transpose(0, 1).contiguous().transpose(0, 1) for name, x in case.inputs.items()}
+    case.cu_seqlens = case.cu_seqlens.int()
+    found = kernels(case)
+    for name, x in expected.items():
+        assert_equal(found[name], x, name)
+
+
+@pytest.mark.parametrize("gates", ["token", "head", None])
+def test_opcheck(gates):
+    x = make((2, 0, 5), H=2, G=1, gates=gates, tail=1).leaves(wide=False)
+    cu_seqlens = torch.tensor([0, 2, 2, 7])
+    arguments = (x["q"], x["k"], x["v"], x.get("g"), x["beta"], cu_seqlens, x["initial_state"], 0.5)
+    torch.library.opcheck(torch.ops.momkit.delta_scan.default, arguments)
+    inputs = tuple(tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in arguments[:-1])
+    output, final_state, *found = torch.ops.momkit.delta_scan(*inputs, 0.5)
+    d_outputs = torch.ones_like(output), torch.ones_like(final_state)
+    torch.library.opcheck(torch.ops.momkit.delta_scan_backward.default, (*inputs, *found, *d_outputs, 0.5))
