@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -12,9 +13,12 @@ import typer
 
 from momkit import MoMSpec, __version__
 from momkit.cli.console import JsonFlag, emit, print_table, stdout
+from momkit.decode import why_no_kernel
+from momkit.mechanisms.gated_deltanet import GatedDeltaNet, GatedDeltaNetSpec
+from momkit.mechanisms.triton_scan import family_of, why_not_triton
 from momkit.plugins import Plugin
 from momkit.registry import registry
-from momkit.scan import BACKENDS
+from momkit.scan import as_mechanism
 
 
 def installed(package: str) -> str | None:
@@ -52,16 +56,28 @@ def devices() -> list[dict[str, str]]:
     return found
 
 
-def backends() -> list[dict[str, Any]]:
-    """Every backend, whether it can run here, and why."""
-    reasons = {
-        "reference": "the rule's one step in plain torch: any rule, any device",
-        "chunked": "matmul form in plain torch: affine rules, any device",
-    }
-    found = [{"name": n, "available": True, "reason": reasons.get(n, "registered")} for n in BACKENDS]
-    if "triton" not in BACKENDS:
-        found.append({"name": "triton", "available": False, "reason": "this version of momkit has no Triton kernels"})
-    return found
+def backends(rules: Sequence[str]) -> list[dict[str, Any]]:
+    """Every backend, whether it can run here, and which rules it serves or why it can't run."""
+    found = [
+        {"name": "reference", "available": True, "reason": "the rule's one step in plain torch: any rule, any device"},
+        {"name": "chunked", "available": True, "reason": "matmul form in plain torch: affine rules, any device"},
+    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fault = why_not_triton(GatedDeltaNet(GatedDeltaNetSpec()), device)
+    return [*found, {"name": "triton", "available": fault is None, "reason": fault or served(rules, device)}]
+
+
+def served(rules: Sequence[str], device: torch.device) -> str:
+    """Which rules each family of fused kernels serves."""
+    families: dict[str, list[str]] = {}
+    for name in rules:
+        rule = as_mechanism(name)
+        if why_not_triton(rule, device) is None:
+            family = " and ".join(sorted({str(family_of(structure)) for structure in rule.structures()}))
+            families.setdefault(family, []).append(name)
+        if why_no_kernel(rule, device, torch.float32, None) is None:
+            families.setdefault("decode", []).append(name)
+    return "fused kernels; " + "; ".join(f"{family}: {', '.join(names)}" for family, names in families.items())
 
 
 def status(plugin: Plugin) -> str:
@@ -85,8 +101,9 @@ def doctor(as_json: JsonFlag = False) -> None:
     """Report versions, devices, backends and plugins; exit code 1 if something that momkit needs is broken."""
     problems = missing_requirements()
     plugins: list[Plugin] = []
+    rules: list[str] = []
     try:
-        plugins = registry().plugins
+        plugins, rules = registry().plugins, registry().names("mechanism")
     except Exception as fault:  # the built-ins are broken: the report must still come
         problems.append(f"built-ins can't be loaded: {type(fault).__name__}: {fault}")
     else:
@@ -97,7 +114,7 @@ def doctor(as_json: JsonFlag = False) -> None:
         "problems": problems,
         "versions": versions(),
         "devices": devices(),
-        "backends": backends(),
+        "backends": backends(rules),
         "plugins": [asdict(plugin) | {"status": status(plugin)} for plugin in plugins],
     }
     if as_json:

@@ -12,7 +12,7 @@ from momkit import __version__
 from momkit.cli.console import Commands
 from momkit.registry import registry
 
-MODULES = ("info", "new", "check", "train", "bench")
+MODULES = ("info", "new", "check", "train", "bench", "tune")
 
 
 def print_version(wanted: bool) -> None:
