@@ -21,7 +21,7 @@ from momkit.mechanisms.triton_scan import scan_triton, why_not_triton
 from momkit.registry import find_mechanism
 
 Backend = Literal["auto", "reference", "chunked", "triton"]
-ScanFunction = Callable[[Mechanism, Inputs, Tensor, State, Sizes], tuple[Tensor, State]]
+ScanFunction = Callable[[Mechanism, Inputs, Tensor, State | None, Sizes], tuple[Tensor, State]]
 BACKENDS: dict[str, ScanFunction] = {"reference": scan_reference, "chunked": scan_chunked, "triton": scan_triton}
 
 logger = logging.getLogger("momkit")
@@ -94,12 +94,6 @@ def run(
     dtype = scan_state_dtype(mechanism, inputs)
     narrow = value.dtype if dtype == torch.float32 else dtype
     choice = choose_backend(mechanism, backend, device=value.device, dtype=narrow, sizes=sizes)
-    if initial_state is None:
-        shapes = mechanism.state_spec(sizes)
-        initial_state = {
-            name: torch.zeros((len(cu_seqlens) - 1, *shape), dtype=dtype, device=value.device)
-            for name, shape in shapes.items()
-        }
     # a scan keeps its state in float32 or float64, whatever autocast says
     with torch.autocast(cu_seqlens.device.type, enabled=False):
         output, final_state = BACKENDS[choice.backend](mechanism, inputs, cu_seqlens, initial_state, sizes)

@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from momkit import ops
 from momkit.mechanisms.base import Structure, outer, read, take
 from momkit.mechanisms.gated_deltanet import GatedDeltaNet, GatedDeltaNetSpec
-from momkit.mechanisms.reference import scan_reference
+from momkit.mechanisms.reference import scan_reference, start_state
 from momkit.routing import dispatch
 from momkit.routing.sigmoid_topk import SigmoidTopK
 from momkit.scan import BACKENDS
@@ -51,8 +51,12 @@ def caught_by(check: str, target: type | None = None):
 
 
 def on_chunked(patch: Patch, scan) -> None:
-    """Let the chunked backend be `scan(mechanism, inputs, cu_seqlens, state, sizes)`."""
-    patch.setitem(BACKENDS, "chunked", scan)
+    """Let the chunked backend be `scan(mechanism, inputs, cu_seqlens, state, sizes)`, given zeros where no state is."""
+
+    def started(mechanism, inputs, cu_seqlens, state, sizes):
+        return scan(mechanism, inputs, cu_seqlens, start_state(mechanism, inputs, cu_seqlens, state, sizes), sizes)
+
+    patch.setitem(BACKENDS, "chunked", started)
 
 
 def with_inputs(patch: Patch, change, backend: str = "chunked") -> None:

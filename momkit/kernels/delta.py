@@ -239,11 +239,14 @@ def heads_at_a_time(T: int, N: int, H: int, K: int, V: int, dtype: torch.dtype) 
 
 
 def delta_scan(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor, initial_state: Tensor,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
+    initial_state: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan packed segments: q, k `[T, G, K]`, v `[T, H, V]` of one dtype, g `[T, H]` or `[H]` float32, beta `[T, H]`,
-    initial_state `[N, H, K, V]` float32 -> output `[T, H, V]`, final state `[N, H, K, V]` float32."""
+    initial_state `[N, H, K, V]` float32, None for zeros -> output `[T, H, V]`, final state `[N, H, K, V]` float32."""
+    if initial_state is None:
+        shape = len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2]
+        initial_state = torch.zeros(shape, dtype=torch.float32, device=v.device)
     output, final_state, *_ = forward(q, k, v, g, beta, cu_seqlens, initial_state, scale)
     return output, final_state
 

@@ -24,10 +24,10 @@ CONSTANT_GATE_PIECE = 128
 
 
 def scalar_scan(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor, initial_state: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Scan packed segments: q, k `[T, G, K]`, v `[T, H, V]` of one dtype, g `[T, H]` or `[H]`, initial_state
-    `[N, H, K, V]` float32 -> output `[T, H, V]`, final state `[N, H, K, V]` float32."""
+    `[N, H, K, V]` float32, None for zeros -> output `[T, H, V]`, final state `[N, H, K, V]` float32."""
     output, final_state, *_ = forward(q, k, v, g, cu_seqlens, initial_state, scale)
     return output, final_state
 
@@ -48,20 +48,18 @@ class Scans:
         """The most places that pieces of split segments can take; the longest come first, so they are the first."""
         return min(self.pieces.count, 2 * (self.num_tokens // self.length)) if self.length < self.num_tokens else 0
 
-    def starts(
-        self, state: Tensor, written: tuple[Tensor, Tensor], scale: float = 1.0, reverse: bool = False
-    ) -> Tensor:
+    def starts(self, state: Tensor | None, y: Tensor, z: Tensor, scale: float = 1.0, reverse: bool = False) -> Tensor:
         """`[places, H, K, V]`: the state, over `scale`, that each piece but a segment's first starts from."""
-        starts = state.new_empty((self.most_split, *state.shape[1:]))
+        starts = y.new_empty((self.most_split, self.num_heads, y.shape[-1], z.shape[-1]), dtype=torch.float32)
         if self.most_split:
-            decays = state.new_empty(starts.shape[:2])
-            self.scan(None, *written, state, starts, decays=decays, reverse=reverse)
+            decays = starts.new_empty(starts.shape[:2])
+            self.scan(None, y, z, state, starts, decays=decays, reverse=reverse)
             size = starts[0, 0].numel()
             launch(
                 chain_kernel, self.most_split * self.num_heads * cdiv(size, CHAIN_BLOCK),
                 (state, starts, decays, self.pieces.table, self.cu_seqlens),
                 (self.pieces.count, self.pieces.segments, self.length, 1 / scale),
-                self.num_heads, size, CHAIN_BLOCK, reverse,
+                self.num_heads, size, CHAIN_BLOCK, reverse, state is not None,
             )  # fmt: skip
         return starts
 
@@ -70,7 +68,7 @@ class Scans:
         x: Tensor | None,
         y: Tensor,
         z: Tensor,
-        start: Tensor,
+        start: Tensor | None,
         starts: Tensor,
         *,
         out: Tensor | None = None,
@@ -85,17 +83,17 @@ class Scans:
         H, K, V = self.num_heads, y.shape[-1], z.shape[-1]
         settings = config("scalar_scan", y.dtype, K, V, y.device)
         places = self.most_split if x is None else self.pieces.count
-        w, gate_terms, crossings, before, *_ = (*terms, None, None, None, None)
+        w, gate_terms, crossings, before, final, *_ = (*terms, *[None] * 5)
         launch(
             scan_kernel, places * H * cdiv(V, settings.block),
-            (x, y, z, w, self.sums, start, starts, before, out, last, decays, gate_terms, crossings,
+            (x, y, z, w, self.sums, start, starts, before, final, out, last, decays, gate_terms, crossings,
              self.pieces.table, self.cu_seqlens),
             (self.pieces.count, self.pieces.segments, self.num_tokens,
              scale, 1 / scale if reverse else 1.0, scale if reverse else 1.0),
             H, *(1 if n is None else H // n.shape[1] for n in (x, y, z, w)),
             K, V, padded(K), settings.block, CHUNK_SIZE,
             self.sums is not None, self.sums is not None and len(self.sums) == 2, reverse, transposed, x is None,
-            last is not None, gate_terms is not None, settings.num_stages,
+            start is not None, last is not None, gate_terms is not None, settings.num_stages,
             "tf32x3" if y.dtype == torch.float32 else "tf32",
             num_warps=settings.num_warps,
         )  # fmt: skip
@@ -115,30 +113,33 @@ def tiles(dtype: torch.dtype, K: int, V: int, device: torch.device) -> int:
 @torch.library.custom_op("momkit::scalar_scan", mutates_args=())
 @compiled_together
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor, initial_state: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Output and final state; for the backward pass the states that pieces start from, the pieces, sums of gates."""
-    q, k, v, initial_state = (tensor.contiguous() for tensor in (q, k, v, initial_state))
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    initial_state = None if initial_state is None else initial_state.contiguous()
     (T, H, V), K = v.shape, k.shape[-1]
     length = piece_length(T, H, K, V, v.dtype, v.device)
     pieces = Pieces.of(cu_seqlens, T, length)
     sums = None if g is None else gate_sums(g, pieces, T, H, CHUNK_SIZE, v.dtype)
     scans = Scans(pieces, length, cu_seqlens, sums, T, H)
-    starts = scans.starts(initial_state, (k, v))
-    output, final_state = torch.empty_like(v), torch.empty_like(initial_state)
+    starts = scans.starts(initial_state, k, v)
+    output, final_state = torch.empty_like(v), starts.new_empty((pieces.segments, H, K, V))
     scans.scan(q, k, v, initial_state, starts, out=output, last=final_state, scale=scale)
     return output, final_state, starts, pieces.table, v.new_empty(0) if sums is None else sums
 
 
 @forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor, initial_state: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, cu_seqlens: Tensor, initial_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     places, count = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
-    starts = initial_state.new_empty((places, *initial_state.shape[1:]))
+    (T, H, V), K = v.shape, k.shape[-1]
+    final_state = v.new_empty((len(cu_seqlens) - 1, H, K, V), dtype=torch.float32)
+    starts = final_state.new_empty((places, H, K, V))
     table = cu_seqlens.new_empty((4, count), dtype=torch.int32)
-    sums = v.new_empty(0) if g is None else initial_state.new_empty((gate_parts(v.dtype), *v.shape[1::-1]))
-    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape), starts, table, sums
+    sums = v.new_empty(0) if g is None else final_state.new_empty((gate_parts(v.dtype), H, T))
+    return v.new_empty(v.shape), final_state, starts, table, sums
 
 
 @torch.library.custom_op("momkit::scalar_scan_backward", mutates_args=())
@@ -149,20 +150,21 @@ def backward(
     v: Tensor,
     g: Tensor | None,
     cu_seqlens: Tensor,
-    initial_state: Tensor,
+    initial_state: Tensor | None,
     final_state: Tensor,
     starts: Tensor,
     table: Tensor,
     sums: Tensor,
     d_output: Tensor,
-    d_final: Tensor,
+    d_final: Tensor | None,
     scale: float,
     gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, of each token's gate `[T, H]` if `gates` (else empty), of the initial state."""
-    q, k, v, initial_state, d_output, d_final = (
-        tensor.contiguous() for tensor in (q, k, v, initial_state, d_output, d_final)
-    )
+    """Gradients of q, k, v, of each token's gate `[T, H]` if `gates` (else empty), of the initial state (empty
+    if there is none)."""
+    q, k, v, d_output = (tensor.contiguous() for tensor in (q, k, v, d_output))
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
     (T, H, V), K = v.shape, k.shape[-1]
     length = piece_length(T, H, K, V, v.dtype, v.device)
     pieces = Pieces(table, len(cu_seqlens) - 1)
@@ -172,11 +174,11 @@ def backward(
         pieces = Pieces.of(cu_seqlens, T, length)
     scans = Scans(pieces, length, cu_seqlens, sums if g is not None else None, T, H)
     if constant:
-        starts = scans.starts(initial_state, (k, v))
+        starts = scans.starts(initial_state, k, v)
     if scale == 0:  # the gradient of the state is kept over scale
         d_output, scale = torch.zeros_like(d_output), 1.0
-    ends = scans.starts(d_final, (q, d_output), scale, reverse=True)
-    d_state, dv = torch.empty_like(initial_state), torch.empty_like(v)
+    ends = scans.starts(d_final, q, d_output, scale, reverse=True)
+    dv, d_state = torch.empty_like(v), None if initial_state is None else torch.empty_like(initial_state)
     # a group's heads are summed in one place and order, from float32
     dq = q.new_empty((T, H, K), dtype=q.dtype if q.shape[1] == H else torch.float32)
     dk = torch.empty_like(dq)
@@ -184,22 +186,21 @@ def backward(
     writes: tuple[Tensor, ...] = ()
     if gates:
         parts = tiles(q.dtype, K, V, q.device)
-        crossings = d_state.new_empty((parts, pieces.count, H))
-        reads = q, d_state.new_empty((tiles(q.dtype, V, K, q.device), H, T))
-        writes = v, d_state.new_empty((parts, H, T)), crossings, starts
+        crossings = starts.new_empty((parts, pieces.count, H))
+        reads = q, starts.new_empty((tiles(q.dtype, V, K, q.device), H, T))
+        writes = v, starts.new_empty((parts, H, T)), crossings, starts, final_state
     scans.scan(d_output, v, k, initial_state, starts, out=dq, scale=scale, transposed=True, terms=reads)
     scans.scan(k, q, d_output, d_final, ends, out=dv, last=d_state, scale=scale, reverse=True, terms=writes)
     scans.scan(v, d_output, q, d_final, ends, out=dk, scale=scale, reverse=True, transposed=True)
-    dg = d_state.new_empty((T, H) if gates else 0)
+    dg = starts.new_empty((T, H) if gates else 0)
     if gates:
-        final = torch.linalg.vecdot(final_state.flatten(2), d_final.flatten(2))
         launch(
             gate_gradient_kernel, pieces.count * H,
-            (reads[1], writes[1], crossings, final, sums, dg, pieces.table, cu_seqlens),
+            (reads[1], writes[1], crossings, sums, dg, pieces.table),
             (pieces.count, pieces.segments, T), len(reads[1]), parts, H, CHUNK_SIZE,
             -20.0 if q.dtype == torch.float32 else -11.0,
         )  # fmt: skip
-    return sum_groups(dq, q), sum_groups(dk, k), dv, dg, d_state
+    return sum_groups(dq, q), sum_groups(dk, k), dv, dg, starts.new_empty(0) if d_state is None else d_state
 
 
 @backward.register_fake
@@ -209,18 +210,18 @@ def _(
     v: Tensor,
     g: Tensor | None,
     cu_seqlens: Tensor,
-    initial_state: Tensor,
+    initial_state: Tensor | None,
     final_state: Tensor,
     starts: Tensor,
     table: Tensor,
     sums: Tensor,
     d_output: Tensor,
-    d_final: Tensor,
+    d_final: Tensor | None,
     scale: float,
     gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dg = initial_state.new_empty(v.shape[:2] if gates else 0)
-    d_state = initial_state.new_empty(initial_state.shape)
+    dg = final_state.new_empty(v.shape[:2] if gates else 0)
+    d_state = final_state.new_empty(0 if initial_state is None else initial_state.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dg, d_state
 
 
@@ -234,8 +235,6 @@ def differentiate(ctx, d_output, d_final, *_):
     q, k, v, g, cu_seqlens, initial_state, final_state, *saved = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
-    if d_final is None:
-        d_final = torch.zeros_like(final_state)
     gates = g is not None and ctx.needs_input_grad[3]
     # the gradient of a constant gate is a sum over all tokens, and would be one of what 16 bits round off
     apart = gates and g.ndim == 1 and q.dtype != torch.float32
@@ -248,7 +247,7 @@ def differentiate(ctx, d_output, d_final, *_):
         dg = backward(*wide, *forward(*wide, ctx.scale)[1:], d_output.float(), d_final, ctx.scale, True)[3]
     if gates:
         dg = (dg.sum(0) if g.ndim == 1 else dg).to(g.dtype)
-    return dq, dk, dv, dg if gates else None, None, d_state, None
+    return dq, dk, dv, dg if gates else None, None, None if initial_state is None else d_state, None
 
 
 forward.register_autograd(differentiate, setup_context=setup_context)

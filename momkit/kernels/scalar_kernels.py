@@ -22,23 +22,23 @@ CHUNKS = tl.constexpr(16)
 
 @triton.jit(do_not_specialize=["count", "segments", "T", "scale", "start_scale", "last_scale"])
 def scan_kernel(
-    x, y, z, w, sums, start, starts, before, out, last, decays, terms, crossings, table, cu_seqlens,
+    x, y, z, w, sums, start, starts, before, final, out, last, decays, terms, crossings, table, cu_seqlens,
     count, segments, T, scale, start_scale, last_scale,
     H: tl.constexpr, RX: tl.constexpr, RY: tl.constexpr, RZ: tl.constexpr, RW: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, LOW: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, ONLY_STATE: tl.constexpr,
-    STORE_LAST: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    START: tl.constexpr, STORE_LAST: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x, y `[T, H/RX, K]`, z, out `[T, H, V]`, one program a (piece, head, BV columns of the state).
 
-    start: `[N, H, K, V]`, the state before a segment's first piece (reversed: after its last). starts: the same for
-    other pieces, by their place. last: `[N, H, K, V]`, where a segment's scan ends. ONLY_STATE: no output; from zeros,
-    the state that each piece adds goes to `starts`, its decay to `decays` `[P, H]`.
+    start: `[N, H, K, V]`, the state before a segment's first piece (reversed: after its last); without START, zeros.
+    starts: the same for other pieces, by their place. last: `[N, H, K, V]`, where a segment's scan ends. ONLY_STATE: no
+    output; from zeros, the state that each piece adds goes to `starts`, its decay to `decays` `[P, H]`.
     sums: with GATED, `[1 + LOW, H, T]`, see `gate_sums`.
     TERMS, for gradients of gates: w `[T, H/RW, V]` is what out is the gradient of; terms `[V / BV, H, T]`, over this
     program's columns: w . (what out has from S), and forward, for pairs of tokens inside the chunk, what i reads of j
-    times its gradient, added to i and taken from j. Reversed also crossings `[V / BV, P, H]`: <S, dS> where a piece
-    other than a segment's first starts, from before `[places, H, K, V]`, the states there.
+    times its gradient, added to i and taken from j. Reversed also crossings `[V / BV, P, H]`: <S, dS> where
+    pieces end, of segments from final `[N, H, K, V]`, of others from before, the states that pieces start from.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -68,11 +68,21 @@ def scan_kernel(
     inside = (ks < K)[:, None] & (cols < V)[None, :]
     if ONLY_STATE:
         S = tl.zeros([BK, BV], tl.float32)
-    else:
+    elif START:
         source, factor = start + (segment.to(tl.int64) * H + h) * (K * V), start_scale
         if not enters:
             source, factor = starts + (place.to(tl.int64) * H + h) * (K * V), 1.0
         S = tl.load(source + spot, mask=inside, other=0.0) * factor
+    else:
+        source = starts + (place.to(tl.int64) * H + h) * (K * V)
+        S = tl.load(source + spot, mask=inside & (enters == 0), other=0.0)
+    if TERMS and REVERSE:
+        if enters:
+            crossing = 0.0
+            if START:
+                reached = final + (segment.to(tl.int64) * H + h) * (K * V)
+                crossing = tl.sum(tl.sum(S * tl.load(reached + spot, mask=inside, other=0.0), 1), 0) * scale
+            tl.store(crossings + (tile * count + place) * H + h, crossing)
     whole = 0.0
     steps = tl.cdiv(end - begin, C)
     for i in tl.range(steps, num_stages=STAGES):
@@ -84,8 +94,8 @@ def scan_kernel(
         b_z = load_tile(z + base * (H // RZ * V) + h // RZ * V, rows, live, cols, H // RZ * V, V, V % BV == 0)
         if GATED:
             plane = tl.cast(T, tl.int64) * H
-            final = tl.minimum(C, end - at) - 1
-            high, low, rest, total = load_decay(sums + tl.cast(h, tl.int64) * T + at, plane, rows, live, final, LOW)
+            newest = tl.minimum(C, end - at) - 1
+            high, low, rest, total = load_decay(sums + tl.cast(h, tl.int64) * T + at, plane, rows, live, newest, LOW)
             whole += total
         if not ONLY_STATE:
             b_x = load_tile(x + base * (H // RX * K) + h // RX * K, rows, live, ks, H // RX * K, K, K == BK)
@@ -115,7 +125,7 @@ def scan_kernel(
     if TERMS and REVERSE:
         if index > 0:
             other = tl.load(before + (place.to(tl.int64) * H + h) * (K * V) + spot, mask=inside, other=0.0)
-            tl.store(crossings + (tile * count + place) * H + h, tl.sum(tl.sum(S * other, 1), 0) * scale)
+            tl.store(crossings + (tile * count + place - 1) * H + h, tl.sum(tl.sum(S * other, 1), 0) * scale)
     if ONLY_STATE:
         tl.store(starts + (place.to(tl.int64) * H + h) * (K * V) + spot, S, mask=inside)
         if tile == 0:
@@ -128,7 +138,7 @@ def scan_kernel(
 @triton.jit(do_not_specialize=["count", "segments", "length", "start_scale"])
 def chain_kernel(
     start, starts, decays, table, cu_seqlens, count, segments, length, start_scale,
-    H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr,
+    H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """From what each piece of a segment adds to the state, in place, the state that each piece starts from."""
     TILES: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
@@ -142,8 +152,9 @@ def chain_kernel(
         return
     spot = tile * BLOCK + tl.arange(0, BLOCK)
     inside = spot < SIZE
-    S = tl.load(start + (segment.to(tl.int64) * H + h) * SIZE + spot, mask=inside, other=0.0)
-    S *= start_scale
+    S = tl.zeros([BLOCK], tl.float32)
+    if START:
+        S = tl.load(start + (segment.to(tl.int64) * H + h) * SIZE + spot, mask=inside, other=0.0) * start_scale
     at = place + (pieces - 1 if REVERSE else 0)
     added = tl.load(starts + (at.to(tl.int64) * H + h) * SIZE + spot, mask=inside, other=0.0)
     for _ in range(1, pieces):
@@ -163,15 +174,15 @@ def add_unless_cut(later, later_cuts, sooner, sooner_cuts):
 
 @triton.jit(do_not_specialize=["count", "segments", "T"])
 def gate_gradient_kernel(
-    reads, writes, crossings, final, sums, dg, table, cu_seqlens, count, segments, T,
+    reads, writes, crossings, sums, dg, table, count, segments, T,
     READS: tl.constexpr, WRITES: tl.constexpr, H: tl.constexpr, C: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """dg_t = what passes token t: from an earlier token or the segment's start to a later token or the segment's end.
 
-    reads `[READS, H, T]` and writes `[WRITES, H, T]`: the terms of dq and dv, in parts. crossings `[WRITES, P, H]` and
-    final `[N, H]`: <S, dS> where pieces start and where segments end. Inside a chunk, reads from t on and writes before
-    t pass t. Across a chunk passes <S, dS> at its end less what the chunk wrote itself; where the chunk's decay is
-    below 2^CUT that is next to nothing, and what the difference was rounded by is not carried on.
+    reads `[READS, H, T]` and writes `[WRITES, H, T]`: the terms of dq and dv, in parts. crossings `[WRITES, P, H]`:
+    <S, dS> where pieces end, in parts. Inside a chunk, reads from t on and writes before t pass t. Across a chunk
+    passes <S, dS> at its end less what the chunk wrote itself; where the chunk's decay is below 2^CUT that is next to
+    nothing, and what the difference was rounded by is not carried on.
     """
     pid = tl.program_id(0)
     h, place = pid % H, pid // H
@@ -183,11 +194,8 @@ def gate_gradient_kernel(
     plane = tl.cast(T, tl.int64)
     passed = 0.0
     if segment < segments:
-        if end == tl.load(cu_seqlens + segment + 1):
-            passed += tl.load(final + segment * H + h)
-        else:
-            for n in tl.static_range(WRITES):
-                passed += tl.load(crossings + (n * count + place + 1) * H + h)
+        for n in tl.static_range(WRITES):
+            passed += tl.load(crossings + (n * count + place) * H + h)
     steps = tl.cdiv(end - begin, CHUNKS * C)
     for i in range(steps):
         at = begin + (steps - 1 - i) * (CHUNKS * C)

@@ -16,7 +16,7 @@ from momkit.mechanisms.carry import carry, unit_lower_inverse
 from momkit.mechanisms.chunk_layout import Layout, every_token
 from momkit.mechanisms.delta_chunk import delta_scan
 from momkit.mechanisms.pair_decay import Pairs, Row, ValueDecay, head_pairs, key_pairs, undecayed_pairs
-from momkit.mechanisms.reference import has_time, scan_state_dtype
+from momkit.mechanisms.reference import has_time, scan_state_dtype, start_state
 
 CHUNK_SIZE = 32
 
@@ -29,7 +29,7 @@ DELTA_GROUP = 64
 
 
 def scan_chunked(
-    mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State, sizes: Sizes
+    mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State | None, sizes: Sizes
 ) -> tuple[Tensor, State]:
     """Run an affine rule over every segment; rows that no segment covers come out as zeros."""
     if not mechanism.has_chunked_form:
@@ -46,7 +46,8 @@ def scan_chunked(
         for name, tensor in inputs.items()
     }
     # copies, since a rule may pass a state through and callers change states in place
-    state = {name: tensor.to(dtype, copy=True) for name, tensor in initial_state.items()}
+    start = start_state(mechanism, inputs, cu_seqlens, initial_state, sizes)
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in start.items()}
     output, final = mechanism.compose(wide, state, affine)
     return layout.covered_only(output).to(inputs[mechanism.value_input].dtype), final
 

@@ -43,6 +43,17 @@ def scan_state_dtype(mechanism: Mechanism, inputs: Inputs) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def start_state(
+    mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State | None, sizes: Sizes
+) -> State:
+    """The states that segments start from: those given, or zeros."""
+    if initial_state is not None:
+        return initial_state
+    device, dtype, N = cu_seqlens.device, scan_state_dtype(mechanism, inputs), len(cu_seqlens) - 1
+    shapes = mechanism.state_spec(sizes)
+    return {name: torch.zeros((N, *shape), dtype=dtype, device=device) for name, shape in shapes.items()}
+
+
 def has_time(axes: str, tensor: Tensor) -> bool:
     """Whether an input varies over tokens."""
     return axes_of(axes, tensor)[0] == "T"
@@ -58,7 +69,7 @@ def repeat_key_heads(axes: str, tensor: Tensor, sizes: Sizes) -> Tensor:
 
 
 def scan_reference(
-    mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State, sizes: Sizes
+    mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State | None, sizes: Sizes
 ) -> tuple[Tensor, State]:
     """Run `mechanism.step` over every segment; rows that no segment covers come out as zeros."""
     domain = mechanism.inputs_domain()
@@ -73,7 +84,8 @@ def scan_reference(
         else:
             constants[name] = wide
 
-    state = {name: tensor.to(dtype)[lanes.segments] for name, tensor in initial_state.items()}
+    start = start_state(mechanism, inputs, cu_seqlens, initial_state, sizes)
+    state = {name: tensor.to(dtype)[lanes.segments] for name, tensor in start.items()}
     outputs: list[Tensor] = []
     retired: dict[str, list[Tensor]] = {name: [] for name in state}
     alive = len(lanes.segments)

@@ -59,19 +59,25 @@ def interpreting() -> bool:
 
 
 def scan_triton(
-    mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State, sizes: Sizes
+    mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State | None, sizes: Sizes
 ) -> tuple[Tensor, State]:
     """Run an affine rule over every segment; rows that no segment covers come out as zeros."""
 
     def affine(structure: Structure, x: Affine, S0: Tensor) -> tuple[Tensor, Tensor]:
-        return affine_scan(structure, x, cu_seqlens, S0)
+        # states that are all zeros need not be read
+        return affine_scan(structure, x, cu_seqlens, None if initial_state is None else S0)
 
-    state = {name: tensor.float() for name, tensor in initial_state.items()}
+    if initial_state is None:
+        nothing = torch.zeros((), device=cu_seqlens.device)
+        shapes = mechanism.state_spec(sizes)
+        state = {name: nothing.expand(len(cu_seqlens) - 1, *shape) for name, shape in shapes.items()}
+    else:
+        state = {name: tensor.float() for name, tensor in initial_state.items()}
     output, final = mechanism.compose(inputs, state, affine)
     return output.to(inputs[mechanism.value_input].dtype), final
 
 
-def affine_scan(structure: Structure, x: Affine, cu_seqlens: Tensor, S0: Tensor) -> tuple[Tensor, Tensor]:
+def affine_scan(structure: Structure, x: Affine, cu_seqlens: Tensor, S0: Tensor | None) -> tuple[Tensor, Tensor]:
     """One affine scan on its family's kernels; q, k and v are multiplied in the widest of their dtypes."""
     dtype = torch.promote_types(torch.promote_types(x.q.dtype, x.k.dtype), x.v.dtype)
     q, k, v = (tensor.to(dtype) for tensor in (x.q, x.k, x.v))
