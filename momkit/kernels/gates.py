@@ -30,7 +30,7 @@ def chunk_gates(gates):
 
     What lies beyond the chunk's last token must be 0.
     """
-    wide = tl.maximum(gates.to(tl.float32), FORGET_ALL).to(tl.float64) * LOG2_E
+    wide = tl.maximum(gates.to(tl.float32), FORGET_ALL, propagate_nan=tl.PropagateNan.ALL).to(tl.float64) * LOG2_E
     sums = tl.cumsum(wide, 0)
     high = sums.to(tl.float32)
     total = tl.sum(wide, 0)
@@ -109,7 +109,8 @@ def gate_sums_kernel(
         spot = 0 if CONSTANT else (at.to(tl.int64) + rows)[:, None] * H
         gates = tl.load(g + spot + heads[None, :], mask=live & (segment < segments), other=0.0).to(tl.float32)
         # the smaller the sums, the less rounding takes off them
-        gates = tl.maximum(gates, FORGET_ALL if LOW else FORGET_ENOUGH)
+        least: tl.constexpr = FORGET_ALL if LOW else FORGET_ENOUGH
+        gates = tl.maximum(gates, least, propagate_nan=tl.PropagateNan.ALL)
         wide = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0)
         high = wide.to(tl.float32)
         target = sums + heads.to(tl.int64)[None, :] * T + (at + rows)[:, None]

@@ -6,8 +6,9 @@ A kernel takes tensors (or None), then integers and floats that are not speciali
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import wraps
+from threading import RLock
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _compiled: dict[Any, Any] = {}
+_compiling = RLock()
 # what `launch` does with a kernel that is not compiled: compile and run it, leave the body, or compile and run nothing
 _missing: ContextVar[Literal["run", "leave", "compile"]] = ContextVar("missing", default="run")
 
@@ -56,7 +58,9 @@ def launch(
         elif compiled is None and _missing.get() == "compile":
             kernel.warmup(*arguments, grid=(programs,), **options)
         elif compiled is None:
-            _compiled[key] = kernel[(programs,)](*arguments, **options)
+            # while another thread compiles, Triton hands out what is not a kernel yet
+            with _compiling:
+                _compiled[key] = kernel[(programs,)](*arguments, **options)
 
 
 def compiled_together(body: Callable[P, R]) -> Callable[P, R]:
@@ -67,11 +71,18 @@ def compiled_together(body: Callable[P, R]) -> Callable[P, R]:
         try:
             return missing("leave", body, *args, **kwargs)
         except KernelMissing:
-            with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-                missing("compile", body, *args, **kwargs)
+            with _compiling:
+                # in a context of its own: the mode does not leave it if a kernel does not compile
+                copy_context().run(compile_missing, body, *args, **kwargs)
         return body(*args, **kwargs)
 
     return run
+
+
+def compile_missing(body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Compile all kernels that a body is missing, and run none."""
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        missing("compile", body, *args, **kwargs)
 
 
 def missing(what: Literal["leave", "compile"], body: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

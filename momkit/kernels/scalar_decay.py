@@ -20,7 +20,6 @@ from momkit.kernels.tuning import config, multiprocessors, padded
 CHUNK_SIZE = 64
 SHORTEST_PIECE = 512
 CHAIN_BLOCK = 1024
-CONSTANT_GATE_PIECE = 128
 
 
 def scalar_scan(
@@ -53,12 +52,12 @@ class Scans:
         starts = y.new_empty((self.most_split, self.num_heads, y.shape[-1], z.shape[-1]), dtype=torch.float32)
         if self.most_split:
             decays = starts.new_empty(starts.shape[:2])
-            self.scan(None, y, z, state, starts, decays=decays, reverse=reverse)
+            self.scan(None, y, z, state, starts, decays=decays, scale=scale, reverse=reverse)
             size = starts[0, 0].numel()
             launch(
                 chain_kernel, self.most_split * self.num_heads * cdiv(size, CHAIN_BLOCK),
                 (state, starts, decays, self.pieces.table, self.cu_seqlens),
-                (self.pieces.count, self.pieces.segments, self.length, 1 / scale),
+                (self.pieces.count, self.pieces.segments, self.length),
                 self.num_heads, size, CHAIN_BLOCK, reverse, state is not None,
             )  # fmt: skip
         return starts
@@ -74,26 +73,26 @@ class Scans:
         out: Tensor | None = None,
         last: Tensor | None = None,
         decays: Tensor | None = None,
-        terms: tuple[Tensor, ...] = (),
+        terms: tuple[Tensor | None, ...] = (),
         scale: float = 1.0,
         reverse: bool = False,
         transposed: bool = False,
     ) -> None:
         """Launch `scan_kernel`; without x it finds what each piece adds to the state."""
         H, K, V = self.num_heads, y.shape[-1], z.shape[-1]
-        settings = config("scalar_scan", y.dtype, K, V, y.device)
+        settings = config("scalar_terms" if terms else "scalar_scan", y.dtype, K, V, y.device)
         places = self.most_split if x is None else self.pieces.count
-        w, gate_terms, crossings, before, final, *_ = (*terms, *[None] * 5)
+        w, gate_terms, crossings, after, final, *_ = (*terms, *[None] * 5)
         launch(
             scan_kernel, places * H * cdiv(V, settings.block),
-            (x, y, z, w, self.sums, start, starts, before, final, out, last, decays, gate_terms, crossings,
+            (x, y, z, w, self.sums, start, starts, out, last, decays, gate_terms, crossings, after, final,
              self.pieces.table, self.cu_seqlens),
             (self.pieces.count, self.pieces.segments, self.num_tokens,
-             scale, 1 / scale if reverse else 1.0, scale if reverse else 1.0),
+             scale),
             H, *(1 if n is None else H // n.shape[1] for n in (x, y, z, w)),
             K, V, padded(K), settings.block, CHUNK_SIZE,
             self.sums is not None, self.sums is not None and len(self.sums) == 2, reverse, transposed, x is None,
-            start is not None, last is not None, gate_terms is not None, settings.num_stages,
+            start is not None, last is not None, final is not None, gate_terms is not None, settings.num_stages,
             "tf32x3" if y.dtype == torch.float32 else "tf32",
             num_warps=settings.num_warps,
         )  # fmt: skip
@@ -101,13 +100,9 @@ class Scans:
 
 def piece_length(T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens a piece: such that T tokens in one segment give each multiprocessor some four programs."""
-    wanted = T * H * tiles(dtype, K, V, device) // (4 * multiprocessors(device))
+    tiles = cdiv(V, config("scalar_scan", dtype, K, V, device).block)
+    wanted = T * H * tiles // (4 * multiprocessors(device))
     return max(SHORTEST_PIECE, 1 << max(0, wanted - 1).bit_length())
-
-
-def tiles(dtype: torch.dtype, K: int, V: int, device: torch.device) -> int:
-    """Programs that share a state `[K, V]`."""
-    return cdiv(V, config("scalar_scan", dtype, K, V, device).block)
 
 
 @torch.library.custom_op("momkit::scalar_scan", mutates_args=())
@@ -151,7 +146,6 @@ def backward(
     g: Tensor | None,
     cu_seqlens: Tensor,
     initial_state: Tensor | None,
-    final_state: Tensor,
     starts: Tensor,
     table: Tensor,
     sums: Tensor,
@@ -168,27 +162,21 @@ def backward(
     (T, H, V), K = v.shape, k.shape[-1]
     length = piece_length(T, H, K, V, v.dtype, v.device)
     pieces = Pieces(table, len(cu_seqlens) - 1)
-    constant = gates and g is not None and g.ndim == 1
-    if constant:  # the gradients of all tokens add up, and what they were rounded by: know <S, dS> in more places
-        length = CONSTANT_GATE_PIECE
-        pieces = Pieces.of(cu_seqlens, T, length)
     scans = Scans(pieces, length, cu_seqlens, sums if g is not None else None, T, H)
-    if constant:
-        starts = scans.starts(initial_state, k, v)
-    if scale == 0:  # the gradient of the state is kept over scale
-        d_output, scale = torch.zeros_like(d_output), 1.0
     ends = scans.starts(d_final, q, d_output, scale, reverse=True)
     dv, d_state = torch.empty_like(v), None if initial_state is None else torch.empty_like(initial_state)
     # a group's heads are summed in one place and order, from float32
     dq = q.new_empty((T, H, K), dtype=q.dtype if q.shape[1] == H else torch.float32)
     dk = torch.empty_like(dq)
-    reads: tuple[Tensor, ...] = ()
-    writes: tuple[Tensor, ...] = ()
+    reads: tuple[Tensor | None, ...] = ()
+    writes: tuple[Tensor | None, ...] = ()
     if gates:
-        parts = tiles(q.dtype, K, V, q.device)
-        crossings = starts.new_empty((parts, pieces.count, H))
-        reads = q, starts.new_empty((tiles(q.dtype, V, K, q.device), H, T))
-        writes = v, starts.new_empty((parts, H, T)), crossings, starts, final_state
+        read, written = (
+            starts.new_empty((cdiv(n, config("scalar_terms", q.dtype, m, n, q.device).block), H, T))
+            for m, n in ((V, K), (K, V))
+        )
+        crossings = starts.new_empty((len(read), pieces.count, H))
+        reads, writes = (q, read, crossings, ends, d_final), (v, written)
     scans.scan(d_output, v, k, initial_state, starts, out=dq, scale=scale, transposed=True, terms=reads)
     scans.scan(k, q, d_output, d_final, ends, out=dv, last=d_state, scale=scale, reverse=True, terms=writes)
     scans.scan(v, d_output, q, d_final, ends, out=dk, scale=scale, reverse=True, transposed=True)
@@ -196,9 +184,8 @@ def backward(
     if gates:
         launch(
             gate_gradient_kernel, pieces.count * H,
-            (reads[1], writes[1], crossings, sums, dg, pieces.table),
-            (pieces.count, pieces.segments, T), len(reads[1]), parts, H, CHUNK_SIZE,
-            -20.0 if q.dtype == torch.float32 else -11.0,
+            (read, written, crossings, sums, dg, pieces.table), (pieces.count, pieces.segments, T),
+            len(read), len(written), H, CHUNK_SIZE,
         )  # fmt: skip
     return sum_groups(dq, q), sum_groups(dk, k), dv, dg, starts.new_empty(0) if d_state is None else d_state
 
@@ -211,7 +198,6 @@ def _(
     g: Tensor | None,
     cu_seqlens: Tensor,
     initial_state: Tensor | None,
-    final_state: Tensor,
     starts: Tensor,
     table: Tensor,
     sums: Tensor,
@@ -220,31 +206,25 @@ def _(
     scale: float,
     gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dg = final_state.new_empty(v.shape[:2] if gates else 0)
-    d_state = final_state.new_empty(0 if initial_state is None else initial_state.shape)
+    dg = starts.new_empty(v.shape[:2] if gates else 0)
+    d_state = starts.new_empty(0 if initial_state is None else initial_state.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dg, d_state
 
 
 def setup_context(ctx, inputs, output):
     q, k, v, g, cu_seqlens, initial_state, ctx.scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, g, cu_seqlens, initial_state, *output[1:])
+    ctx.save_for_backward(q, k, v, g, cu_seqlens, initial_state, *output[2:])
 
 
 def differentiate(ctx, d_output, d_final, *_):
-    q, k, v, g, cu_seqlens, initial_state, final_state, *saved = ctx.saved_tensors
+    q, k, v, g, cu_seqlens, initial_state, *found = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
     gates = g is not None and ctx.needs_input_grad[3]
-    # the gradient of a constant gate is a sum over all tokens, and would be one of what 16 bits round off
-    apart = gates and g.ndim == 1 and q.dtype != torch.float32
-    rest = (g, cu_seqlens, initial_state)
     dq, dk, dv, dg, d_state = backward(
-        q, k, v, *rest, final_state, *saved, d_output, d_final, ctx.scale, gates and not apart
+        q, k, v, g, cu_seqlens, initial_state, *found, d_output, d_final, ctx.scale, gates
     )
-    if apart:
-        wide = (q.float(), k.float(), v.float(), *rest)
-        dg = backward(*wide, *forward(*wide, ctx.scale)[1:], d_output.float(), d_final, ctx.scale, True)[3]
     if gates:
         dg = (dg.sum(0) if g.ndim == 1 else dg).to(g.dtype)
     return dq, dk, dv, dg if gates else None, None, None if initial_state is None else d_state, None

@@ -4,7 +4,7 @@
 
 Forward, i sees j <= i and S is the state before the first token. The gradients are the same sum:
     o  from (q, k, v);    dq from (do, v, k), S transposed;
-reversed (i sees j >= i, S is the gradient of the state after the last token, over scale):
+reversed, i sees j >= i, S is the gradient of the state after the last token, and scale is on z alone:
     dv from (k, q, do);   dk from (v, do, q), S transposed.
 A state `[K, V]` lives in registers, a tile of its columns in each program; its tokens come by in chunks of C.
 """
@@ -18,16 +18,19 @@ from momkit.kernels.tiles import load_tile
 
 # chunks that the gradient of gates takes at once
 CHUNKS = tl.constexpr(16)
+# log2 of a decay below all rounding
+NEXT_TO_NOTHING = tl.constexpr(-30.0)
 
 
-@triton.jit(do_not_specialize=["count", "segments", "T", "scale", "start_scale", "last_scale"])
+@triton.jit(do_not_specialize=["count", "segments", "T", "scale"])
 def scan_kernel(
-    x, y, z, w, sums, start, starts, before, final, out, last, decays, terms, crossings, table, cu_seqlens,
-    count, segments, T, scale, start_scale, last_scale,
+    x, y, z, w, sums, start, starts, out, last, decays, terms, crossings, after, final, table, cu_seqlens,
+    count, segments, T, scale,
     H: tl.constexpr, RX: tl.constexpr, RY: tl.constexpr, RZ: tl.constexpr, RW: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, LOW: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, ONLY_STATE: tl.constexpr,
-    START: tl.constexpr, STORE_LAST: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    START: tl.constexpr, STORE_LAST: tl.constexpr, FINAL: tl.constexpr, TERMS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x, y `[T, H/RX, K]`, z, out `[T, H, V]`, one program a (piece, head, BV columns of the state).
 
@@ -37,8 +40,8 @@ def scan_kernel(
     sums: with GATED, `[1 + LOW, H, T]`, see `gate_sums`.
     TERMS, for gradients of gates: w `[T, H/RW, V]` is what out is the gradient of; terms `[V / BV, H, T]`, over this
     program's columns: w . (what out has from S), and forward, for pairs of tokens inside the chunk, what i reads of j
-    times its gradient, added to i and taken from j. Reversed also crossings `[V / BV, P, H]`: <S, dS> where
-    pieces end, of segments from final `[N, H, K, V]`, of others from before, the states that pieces start from.
+    times its gradient, added to i and taken from j. Forward also crossings `[V / BV, P, H]`: <S, dS> where pieces end,
+    dS from final `[N, H, K, V]` (FINAL, else zeros) where the segment ends, else from after, by the piece's place.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -69,20 +72,13 @@ def scan_kernel(
     if ONLY_STATE:
         S = tl.zeros([BK, BV], tl.float32)
     elif START:
-        source, factor = start + (segment.to(tl.int64) * H + h) * (K * V), start_scale
+        source = start + (segment.to(tl.int64) * H + h) * (K * V)
         if not enters:
-            source, factor = starts + (place.to(tl.int64) * H + h) * (K * V), 1.0
-        S = tl.load(source + spot, mask=inside, other=0.0) * factor
+            source = starts + (place.to(tl.int64) * H + h) * (K * V)
+        S = tl.load(source + spot, mask=inside, other=0.0)
     else:
         source = starts + (place.to(tl.int64) * H + h) * (K * V)
         S = tl.load(source + spot, mask=inside & (enters == 0), other=0.0)
-    if TERMS and REVERSE:
-        if enters:
-            crossing = 0.0
-            if START:
-                reached = final + (segment.to(tl.int64) * H + h) * (K * V)
-                crossing = tl.sum(tl.sum(S * tl.load(reached + spot, mask=inside, other=0.0), 1), 0) * scale
-            tl.store(crossings + (tile * count + place) * H + h, crossing)
     whole = 0.0
     steps = tl.cdiv(end - begin, C)
     for i in tl.range(steps, num_stages=STAGES):
@@ -104,7 +100,11 @@ def scan_kernel(
                 between *= pair_decay(high, low, REVERSE, False, LOW)
             else:
                 between *= pair_mask(C, REVERSE, False)
-            b_out = tl.dot(b_x, S.to(b_x.dtype), input_precision=PRECISION)
+            narrow = S.to(b_x.dtype)
+            b_out = tl.dot(b_x, narrow, input_precision=PRECISION)
+            if TERMS and not LOW:
+                # sums of terms over many tokens would show what 16 bits round off the state
+                b_out = tl.dot(b_x, (S - narrow.to(tl.float32)).to(b_x.dtype), b_out, input_precision=PRECISION)
             if GATED:
                 b_out *= tl.exp2(rest if REVERSE else high)[:, None]
             if TERMS:
@@ -112,32 +112,47 @@ def scan_kernel(
                 crossing = tl.sum(b_out * b_w.to(tl.float32), 1)
                 if not REVERSE:
                     pairs = between * tl.dot(b_w, tl.trans(b_z), input_precision=PRECISION)
-                    crossing += tl.sum(pairs, 1) - tl.sum(pairs, 0)
-                tl.store(terms + (tile.to(tl.int64) * H + h) * T + at + rows, crossing * scale, mask=live)
-            b_out = tl.dot(between.to(b_z.dtype), b_z, b_out, input_precision=PRECISION) * scale
+                    crossing = (crossing + tl.sum(pairs, 1) - tl.sum(pairs, 0)) * scale
+                tl.store(terms + (tile.to(tl.int64) * H + h) * T + at + rows, crossing, mask=live)
+            if REVERSE:
+                between *= scale
+            b_out = tl.dot(between.to(b_z.dtype), b_z, b_out, input_precision=PRECISION)
+            if not REVERSE:
+                b_out *= scale
             mask = live[:, None] if V % BV == 0 else live[:, None] & (cols < V)[None, :]
             spot_v = base * (H * V) + h * V + rows[:, None] * (H * V) + cols[None, :]
             tl.store(out + spot_v, b_out.to(out.dtype.element_ty), mask=mask)
+        wide = b_z.to(tl.float32)
+        if REVERSE:
+            wide *= scale
         if GATED:
-            b_z = (b_z.to(tl.float32) * tl.exp2(high if REVERSE else rest)[:, None]).to(b_z.dtype)
+            wide *= tl.exp2(high if REVERSE else rest)[:, None]
             S *= tl.exp2(total)
+        b_z = wide.to(b_y.dtype)
         S = tl.dot(tl.trans(b_y), b_z, S, input_precision=PRECISION)
-    if TERMS and REVERSE:
-        if index > 0:
-            other = tl.load(before + (place.to(tl.int64) * H + h) * (K * V) + spot, mask=inside, other=0.0)
-            tl.store(crossings + (tile * count + place - 1) * H + h, tl.sum(tl.sum(S * other, 1), 0) * scale)
+        if TERMS and not LOW:
+            S = tl.dot(tl.trans(b_y), (wide - b_z.to(tl.float32)).to(b_y.dtype), S, input_precision=PRECISION)
+    if TERMS and not REVERSE:
+        crossing = 0.0
+        if not leaves:
+            other = tl.load(after + (place.to(tl.int64) * H + h) * (K * V) + spot, mask=inside, other=0.0)
+            crossing = tl.sum(tl.sum(S * other, 1), 0)
+        elif FINAL:
+            other = tl.load(final + (segment.to(tl.int64) * H + h) * (K * V) + spot, mask=inside, other=0.0)
+            crossing = tl.sum(tl.sum(S * other, 1), 0)
+        tl.store(crossings + (tile.to(tl.int64) * count + place) * H + h, crossing)
     if ONLY_STATE:
         tl.store(starts + (place.to(tl.int64) * H + h) * (K * V) + spot, S, mask=inside)
         if tile == 0:
-            tl.store(decays + place * H + h, tl.exp2(whole))
+            tl.store(decays + place.to(tl.int64) * H + h, tl.exp2(whole))
     elif STORE_LAST:
         if leaves:
-            tl.store(last + (segment.to(tl.int64) * H + h) * (K * V) + spot, S * last_scale, mask=inside)
+            tl.store(last + (segment.to(tl.int64) * H + h) * (K * V) + spot, S, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "segments", "length", "start_scale"])
+@triton.jit(do_not_specialize=["count", "segments", "length"])
 def chain_kernel(
-    start, starts, decays, table, cu_seqlens, count, segments, length, start_scale,
+    start, starts, decays, table, cu_seqlens, count, segments, length,
     H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """From what each piece of a segment adds to the state, in place, the state that each piece starts from."""
@@ -154,11 +169,11 @@ def chain_kernel(
     inside = spot < SIZE
     S = tl.zeros([BLOCK], tl.float32)
     if START:
-        S = tl.load(start + (segment.to(tl.int64) * H + h) * SIZE + spot, mask=inside, other=0.0) * start_scale
+        S = tl.load(start + (segment.to(tl.int64) * H + h) * SIZE + spot, mask=inside, other=0.0)
     at = place + (pieces - 1 if REVERSE else 0)
     added = tl.load(starts + (at.to(tl.int64) * H + h) * SIZE + spot, mask=inside, other=0.0)
     for _ in range(1, pieces):
-        S = S * tl.load(decays + at * H + h) + added
+        S = S * tl.load(decays + at.to(tl.int64) * H + h) + added
         at += -1 if REVERSE else 1
         target = starts + (at.to(tl.int64) * H + h) * SIZE + spot
         # what was here has been used up after the next turn; the last piece's place was never written
@@ -175,11 +190,11 @@ def add_unless_cut(later, later_cuts, sooner, sooner_cuts):
 @triton.jit(do_not_specialize=["count", "segments", "T"])
 def gate_gradient_kernel(
     reads, writes, crossings, sums, dg, table, count, segments, T,
-    READS: tl.constexpr, WRITES: tl.constexpr, H: tl.constexpr, C: tl.constexpr, CUT: tl.constexpr,
+    READS: tl.constexpr, WRITES: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """dg_t = what passes token t: from an earlier token or the segment's start to a later token or the segment's end.
 
-    reads `[READS, H, T]` and writes `[WRITES, H, T]`: the terms of dq and dv, in parts. crossings `[WRITES, P, H]`:
+    reads `[READS, H, T]` and writes `[WRITES, H, T]`: the terms of dq and dv, in parts. crossings `[READS, P, H]`:
     <S, dS> where pieces end, in parts. Inside a chunk, reads from t on and writes before t pass t. Across a chunk
     passes <S, dS> at its end less what the chunk wrote itself; where the chunk's decay is below 2^CUT that is next to
     nothing, and what the difference was rounded by is not carried on.
@@ -194,8 +209,8 @@ def gate_gradient_kernel(
     plane = tl.cast(T, tl.int64)
     passed = 0.0
     if segment < segments:
-        for n in tl.static_range(WRITES):
-            passed += tl.load(crossings + (n * count + place) * H + h)
+        for n in tl.static_range(READS):
+            passed += tl.load(crossings + (place.to(tl.int64) + n * count) * H + h)
     steps = tl.cdiv(end - begin, CHUNKS * C)
     for i in range(steps):
         at = begin + (steps - 1 - i) * (CHUNKS * C)
@@ -212,7 +227,7 @@ def gate_gradient_kernel(
                 written += tl.load(writes + (n * H + h) * plane + at + places, mask=live, other=0.0)
             ends = tl.minimum((chunk + 1) * C, end - at) - 1
             whole = tl.load(sums + h * plane + at + ends, mask=chunk * C < end - at, other=0.0)
-            cut = (whole < CUT).to(tl.int32)
+            cut = (whole < NEXT_TO_NOTHING).to(tl.int32)
             total = tl.sum(written, 1)
             gained = tl.sum(read, 1) - tl.where(cut > 0, 0.0, total)
             later, cuts = tl.associative_scan((gained, cut), 0, add_unless_cut, reverse=True)

@@ -22,6 +22,6 @@ def store_tile(base, tile, rows, live, cols, STRIDE: tl.constexpr, WIDTH: tl.con
 def sum_groups(wide: Tensor, narrow: Tensor) -> Tensor:
     """`[T, H, K]` summed to the key heads that the heads read: `[T, G, K]` in the dtype of `narrow`."""
     if wide.shape == narrow.shape:
-        return wide
+        return wide.to(narrow.dtype)
     T, G, K = narrow.shape
-    return wide.view(T, G, -1, K).sum(2).to(narrow.dtype)
+    return wide.view(T, G, wide.shape[1] // G, K).sum(2).to(narrow.dtype)

@@ -3,11 +3,36 @@
 Both are autograd functions of their own, because their gradients are shorter than what autograd would record.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A gradient in the dtypes of its forward, though `backward()` be called under autocast."""
+
+    @wraps(backward)
+    def plain(ctx: Any, *grads: Tensor) -> Any:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return backward(ctx, *grads)
+
+    return plain
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A gradient that has none itself, and says so when it is asked for one: RuntimeError under `create_graph=True`."""
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("backend 'chunked' can be differentiated once; 'reference' any number of times")
+        return backward(ctx, *grads)
+
+    return without_autocast(once)
+
 
 # unit triangular blocks of this size go to the library solver
 SOLVED = 16
@@ -23,6 +48,7 @@ class UnitLowerInverse(torch.autograd.Function):
         return inverse
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
         return torch.bmm(inverse.mT, torch.bmm(grad, inverse.mT)).tril(-1).neg()
@@ -89,7 +115,7 @@ class Carry(torch.autograd.Function):
         return starts, E, torch.cat(retired[::-1])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, d_starts: Tensor, d_E: Tensor | None, d_final: Tensor) -> tuple[Tensor | None, ...]:
         starts, whole, Z, E, K, T, B = ctx.saved_tensors
         counts = ctx.counts

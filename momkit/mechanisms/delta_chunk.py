@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.linalg import vecdot
 
 from momkit.mechanisms.base import Inputs
-from momkit.mechanisms.carry import invert
+from momkit.mechanisms.carry import differentiable_once, invert
 from momkit.mechanisms.chunk_layout import Places
 
 
@@ -74,6 +73,7 @@ class DeltaScan(torch.autograd.Function):
         places: Places,
         groups: list[list[int]],
         scale: float,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.places, ctx.groups, ctx.scale = places, groups, scale
         S, output = S.clone(), places.room(v)
@@ -95,13 +95,14 @@ class DeltaScan(torch.autograd.Function):
 
             inside = torch.bmm(pairs_q, F)
             places.put(inside.baddbmm_(q_ * decay.since, starts, beta=scale, alpha=scale), rows, output)
-            kept += [decay.between, decay.since, pairs_q, pairs_k, inverse, starts, F]
+            if keep:
+                kept += [decay.between, decay.since, pairs_q, pairs_k, inverse, starts, F]
         ctx.save_for_backward(q, k, g, beta, *kept)
         # a view would forbid callers to change the output in place
         return output[: len(v)].clone() if places.gaps else output, S
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, d_output: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         places, groups = ctx.places, ctx.groups
         q, k, g, beta, *kept = ctx.saved_tensors
@@ -142,7 +143,7 @@ class DeltaScan(torch.autograd.Function):
             d_k.baddbmm_(d_pairs_k, y, alpha=-1).addcmul_(d_y, beta_[..., None])
             for x, room in zip((d_q, d_k, d_v, d_g, vecdot(k_, d_y)), grads, strict=True):
                 places.put(x, rows, room)
-        return *(room[: len(q)] for room in grads), d_S, None, None, None
+        return *(room[: len(q)] for room in grads), d_S, None, None, None, None
 
 
 def steps(columns: tuple[Tensor, ...], counts: list[int]) -> Iterator[tuple[Tensor, ...]]:
@@ -166,5 +167,6 @@ def delta_scan(x: Inputs, S: Tensor, places: Places, groups: list[list[int]], sc
     beta = x["beta"]
     g = x.get("g", torch.zeros_like(beta))
     rows = [tensor.flatten(0, 1) for tensor in (x["q"], x["k"], x["v"], g, beta)]
-    output, final = DeltaScan.apply(*rows, S, places, groups, scale)  # type: ignore[no-untyped-call]
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*rows, S))
+    output, final = DeltaScan.apply(*rows, S, places, groups, scale, keep)  # type: ignore[no-untyped-call]
     return output.view(x["v"].shape), final

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from momkit.errors import BackendError
 from momkit.mechanisms.base import Affine, Inputs, Mechanism, Sizes, State, Structure
 
 MAX_DIM = 256
@@ -63,16 +64,18 @@ def scan_triton(
 ) -> tuple[Tensor, State]:
     """Run an affine rule over every segment; rows that no segment covers come out as zeros."""
 
-    def affine(structure: Structure, x: Affine, S0: Tensor) -> tuple[Tensor, Tensor]:
-        # states that are all zeros need not be read
-        return affine_scan(structure, x, cu_seqlens, None if initial_state is None else S0)
-
     if initial_state is None:
         nothing = torch.zeros((), device=cu_seqlens.device)
         shapes = mechanism.state_spec(sizes)
         state = {name: nothing.expand(len(cu_seqlens) - 1, *shape) for name, shape in shapes.items()}
+        zeros = list(state.values())
     else:
-        state = {name: tensor.float() for name, tensor in initial_state.items()}
+        state, zeros = {name: tensor.float() for name, tensor in initial_state.items()}, []
+
+    def affine(structure: Structure, x: Affine, S0: Tensor) -> tuple[Tensor, Tensor]:
+        # states that are known to be zeros need not be read
+        return affine_scan(structure, x, cu_seqlens, None if any(S0 is z for z in zeros) else S0)
+
     output, final = mechanism.compose(inputs, state, affine)
     return output.to(inputs[mechanism.value_input].dtype), final
 
@@ -81,14 +84,22 @@ def affine_scan(structure: Structure, x: Affine, cu_seqlens: Tensor, S0: Tensor 
     """One affine scan on its family's kernels; q, k and v are multiplied in the widest of their dtypes."""
     dtype = torch.promote_types(torch.promote_types(x.q.dtype, x.k.dtype), x.v.dtype)
     q, k, v = (tensor.to(dtype) for tensor in (x.q, x.k, x.v))
+    if q.shape[1] != k.shape[1]:
+        heads = max(q.shape[1], k.shape[1])
+        q, k = (tensor.repeat_interleave(heads // tensor.shape[1], 1) for tensor in (q, k))
+    cu_seqlens = cu_seqlens.contiguous()
     g = None if structure.decay == "none" else x.need("g").float()
+    family = family_of(structure)
     result: tuple[Tensor, Tensor]
-    if family_of(structure) == "scalar":
+    if family == "scalar":
         from momkit.kernels.scalar_decay import scalar_scan
 
         result = scalar_scan(q, k, v, g, cu_seqlens, S0, x.scale)
-    else:
+    elif family == "delta":
         from momkit.kernels.delta import delta_scan
 
-        result = delta_scan(q, k, v, g, x.need("beta"), cu_seqlens, S0, x.scale)
+        beta = x.need("beta")
+        result = delta_scan(q, k, v, g, beta.expand(v.shape[:2]), cu_seqlens, S0, x.scale)
+    else:
+        raise BackendError(f"backend = 'triton': no kernel family serves {structure}, which structures() must state")
     return result

@@ -14,6 +14,7 @@ from momkit.errors import BackendError, InputError
 from momkit.mechanisms.base import Affine, Domain, HeadSpec, Mechanism, State, Structure
 from momkit.mechanisms.chunked import affine_scan, scan_chunked
 from momkit.mechanisms.reference import scan_reference
+from momkit.scan import as_mechanism, scan
 from momkit.testing.affine import affine_step
 
 DECAYS: tuple[Any, ...] = ("none", "constant", "head", "key", "value")
@@ -299,3 +300,27 @@ def test_what_has_no_chunked_form_is_refused() -> None:
         affine_scan(structure, x, torch.tensor([0, 4]), S0)
     with pytest.raises(InputError, match="chunk_size = 48"):
         affine_scan(Structure("none"), x, torch.tensor([0, 4]), S0, chunk_size=48)
+
+
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet"])
+def test_a_gradient_taken_under_autocast_is_no_coarser(name):
+    rule = as_mechanism(name)
+    sizes = {"T": 70, "H": 2, "G": 2, "K": 4, "V": 4}
+    inputs = {n: x.float().requires_grad_() for n, x in rule.sample(torch.Generator().manual_seed(0), sizes).items()}
+    plain = torch.autograd.grad(scan(rule, inputs, backend="chunked").output.sum(), list(inputs.values()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = scan(rule, inputs, backend="chunked").output.sum()
+        under = torch.autograd.grad(total, list(inputs.values()))
+    for x, y in zip(under, plain, strict=True):
+        assert x.dtype == torch.float32
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "gla"])
+def test_a_second_derivative_is_refused(name):
+    rule = as_mechanism(name)
+    sizes = {"T": 40, "H": 2, "G": 2, "K": 4, "V": 4}
+    inputs = {n: x.requires_grad_() for n, x in rule.sample(torch.Generator().manual_seed(0), sizes).items()}
+    total = scan(rule, inputs, backend="chunked").output.square().sum()
+    with pytest.raises(RuntimeError, match="can be differentiated once; 'reference' any number of times"):
+        torch.autograd.grad(total, list(inputs.values()), create_graph=True)
