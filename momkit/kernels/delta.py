@@ -40,7 +40,8 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """What the launches of one call share: its inputs as kernels read them, and what chunks find alone."""
+    """What the launches of one call share: its inputs as kernels read them, beta `[H, T]` float32, and what chunks find
+    alone."""
 
     q: Tensor
     k: Tensor
@@ -57,8 +58,10 @@ class Call:
         q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor, scale: float,
         found: Found | None = None,
     ) -> "Call":  # fmt: skip
-        q, k, v, beta = (tensor.contiguous() for tensor in (q, k, v, beta))
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))
         (T, H, _), C = v.shape, chunk_size(v.dtype)
+        # a head's tokens side by side, as sums of gates are: 2-byte scalars H apart cannot be copied ahead
+        beta = beta.new_empty((H, T), dtype=torch.float32).copy_(beta.t())
         if found is not None:
             chunks = Pieces(found.table, len(cu_seqlens) - 1, found.first)
             return Call(q, k, v, beta, cu_seqlens, scale, chunks, None if g is None else found.sums, found.inverse)

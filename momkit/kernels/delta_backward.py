@@ -74,7 +74,7 @@ def scan_pieces_back(
     q += keys
     k += keys
     d_output += values
-    beta += at * H + full_head
+    beta += full_head.to(tl.int64) * T + at
     inverse += (at * H + full_head) * C
     if PARTS:
         sums += full_head.to(tl.int64) * T + at
@@ -90,7 +90,7 @@ def scan_pieces_back(
         xk = load_tile(k, token, seen, row, G * K, K, K == ROWS)
         do = load_tile(d_output, token, seen, column, H * V, V, V % BLOCK == 0)
         solve = load_tile(inverse, token, seen, token, H * C, C, True)
-        strength = tl.load(beta + token * H, mask=seen, other=0.0).to(tl.float32)
+        strength = tl.load(beta + token, mask=seen, other=0.0)
         if PARTS:
             high, low, to_end, whole = load_decay(sums, plane, token, seen, live - 1, PARTS == 2)
             from_start, to_end, whole = tl.exp2(high), tl.exp2(to_end), tl.exp2(whole)
@@ -122,7 +122,7 @@ def scan_pieces_back(
         q -= C * G * K
         k -= C * G * K
         d_output -= C * H * V
-        beta -= C * H
+        beta -= C
         inverse -= C * H * C
     if LINK:
         tl.store(ends + piece_state + state_tile, D, mask=state_inside)

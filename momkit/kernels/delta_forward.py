@@ -78,7 +78,7 @@ def scan_pieces(
     keys = at * (G * K) + full_head // (H // G) * K
     k += keys
     v += values
-    beta += at * H + full_head
+    beta += full_head.to(tl.int64) * T + begin
     inverse += (at * H + full_head) * C
     if PARTS:
         sums += full_head.to(tl.int64) * T + begin
@@ -97,7 +97,7 @@ def scan_pieces(
         xk = load_tile(k, token, seen, row, G * K, K, K == ROWS)
         xv = load_tile(v, token, seen, column, H * V, V, V % BLOCK == 0)
         solve = load_tile(inverse, token, seen, token, H * C, C, True)
-        strength = tl.load(beta + token * H, mask=seen, other=0.0).to(tl.float32)
+        strength = tl.load(beta + token, mask=seen, other=0.0)
         if PARTS:
             final = tl.minimum(C, length - first) - 1
             high, low, to_end, whole = load_decay(sums, plane, token, seen, final, PARTS == 2)
@@ -140,7 +140,7 @@ def scan_pieces(
         S += tl.dot(tl.trans(xk), written.to(dtype), input_precision=PRECISION)
         k += C * G * K
         v += C * H * V
-        beta += C * H
+        beta += C
         inverse += C * H * C
     if LINK:
         if moving:

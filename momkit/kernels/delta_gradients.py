@@ -19,19 +19,13 @@ from momkit.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit
-def row_products(
-    x, y, token, seen, X_STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """x_i . y_j of all pairs of a chunk's tokens `[C, C]`; rows of WIDTH."""
-    C: tl.constexpr = token.shape[0]
-    products = tl.zeros([C, C], tl.float32)
-    for first in range(0, WIDTH, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        left = load_tile(x, token, seen, column, X_STRIDE, WIDTH, WIDTH % BLOCK == 0)
-        right = load_tile(y, token, seen, column, Y_STRIDE, WIDTH, WIDTH % BLOCK == 0)
-        products += tl.dot(left, tl.trans(right), input_precision=PRECISION)
-    return products
+def load_states(base, row, column, K, V: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of a chunk's state, of whose rows K are left. WHOLE: no tile reaches beyond, and masks cost registers."""
+    tile = base + row[:, None] * V + column[None, :]
+    if WHOLE:
+        return tl.load(tile)
+    else:
+        return tl.load(tile, mask=(row < K)[:, None] & (column < V)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["T", "N", "count", "first_head", "scale"])
@@ -41,7 +35,12 @@ def chunk_gradients(
     H: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one head, tiles of ROWS x BLOCK of its states -> dq, dk `[T, H, K]`, dg, dbeta `[T, H]` float32."""
+    """One chunk of one head, tiles of ROWS x BLOCK of its states -> dq, dk `[T, H, K]`, dg, dbeta `[T, H]` float32.
+
+    Values no wider than BLOCK are loaded once.
+    """
+    HELD: tl.constexpr = V <= BLOCK
+    WHOLE: tl.constexpr = K % ROWS == 0 and V % BLOCK == 0
     program = tl.program_id(0)
     place = program // HEADS
     head = program % HEADS
@@ -74,7 +73,7 @@ def chunk_gradients(
     states += (place.to(tl.int64) * HEADS + head) * (K * V)
     d_states += (place.to(tl.int64) * HEADS + head) * (K * V)
     dtype = k.dtype.element_ty
-    strength = tl.load(beta + scalars, mask=seen, other=0.0).to(tl.float32)
+    strength = tl.load(beta + full_head.to(tl.int64) * T + begin + token, mask=seen, other=0.0)
 
     earlier = token[:, None] > token[None, :]
     if PARTS:
@@ -84,48 +83,72 @@ def chunk_gradients(
         from_start, to_end, whole = tl.exp2(high), tl.exp2(to_end), tl.exp2(whole)
 
     # rows i, columns j <= i; then, _t, rows j, columns i: what one transposes must not be a product itself
-    by_read = row_products(d_output, errors, token, seen, H * V, HEADS * V, V, BLOCK, PRECISION) * scale
-    by_read *= pair_decay(high, low, False, False, PARTS == 2) if PARTS else pair_mask(C, False, False)
+    by_read = tl.zeros([C, C], tl.float32)
+    by_read_t = tl.zeros([C, C], tl.float32)
+    by_key = tl.zeros([C, C], tl.float32)
+    by_key_t = tl.zeros([C, C], tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        e = load_tile(errors, token, seen, column, HEADS * V, V, V % BLOCK == 0)
+        do = load_tile(d_output, token, seen, column, H * V, V, V % BLOCK == 0)
+        by_read_t += tl.dot(e, tl.trans(do), input_precision=PRECISION)
+        by_read += tl.dot(do, tl.trans(e), input_precision=PRECISION)
+        dw = load_tile(dv, token, seen, column, H * V, V, V % BLOCK == 0)
+        by_key_t += tl.dot(e, tl.trans(dw), input_precision=PRECISION)
+        by_key += tl.dot(dw, tl.trans(e), input_precision=PRECISION)
+    decay = pair_decay(high, low, False, False, PARTS == 2) if PARTS else pair_mask(C, False, False)
+    by_read *= decay * scale
     from_query = (by_read * strength[None, :]).to(dtype)
-    by_read_t = row_products(errors, d_output, token, seen, HEADS * V, H * V, V, BLOCK, PRECISION) * scale
-    by_read_t *= pair_decay(high, low, True, False, PARTS == 2) if PARTS else pair_mask(C, True, False)
+    by_key *= tl.where(earlier, decay * -strength[None, :], 0.0)
+    decay = pair_decay(high, low, True, False, PARTS == 2) if PARTS else pair_mask(C, True, False)
+    by_read_t *= decay * scale
     to_query = (by_read_t * strength[:, None]).to(dtype)
-    # what passes from token j to token i, but for the strength of j
-    passed = by_read_t * row_products(k, q, token, seen, G * K, G * K, K, ROWS, PRECISION)
-    by_key = row_products(dv, errors, token, seen, H * V, HEADS * V, V, BLOCK, PRECISION) * -strength[None, :]
-    by_key *= pair_decay(high, low, False, True, PARTS == 2) if PARTS else pair_mask(C, False, True)
-    by_key_t = row_products(errors, dv, token, seen, HEADS * V, H * V, V, BLOCK, PRECISION)
-    by_key_t *= pair_decay(high, low, True, True, PARTS == 2) if PARTS else pair_mask(C, True, True)
+    by_key_t *= tl.where(token[:, None] < token[None, :], decay, 0.0)
     to_key = (by_key - by_key_t * strength[:, None]).to(dtype)
-    passed -= by_key_t * row_products(k, k, token, seen, G * K, G * K, K, ROWS, PRECISION)
+    # what passes from token j to token i, but for the strength of j
+    queries = tl.zeros([C, C], tl.float32)
+    keys = tl.zeros([C, C], tl.float32)
+    for first in range(0, K, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        xk = load_tile(k, token, seen, row, G * K, K, K % BLOCK == 0)
+        keys += tl.dot(xk, tl.trans(xk), input_precision=PRECISION)
+        xq = load_tile(q, token, seen, row, G * K, K, K % BLOCK == 0)
+        queries += tl.dot(xk, tl.trans(xq), input_precision=PRECISION)
+    passed = by_read_t * queries - by_key_t * keys
     d_strength = tl.sum(passed, 1)
     if PARTS:
         # gate t: what tokens before it pass to it and to later ones
         crossing = tl.dot(tl.where(earlier, 1.0, 0.0), passed * strength[:, None], input_precision=PRECISION)
         d_gate = tl.sum(tl.where(earlier, 0.0, crossing), 1)
         read_off = tl.zeros([C], tl.float32)
-        kept = tl.zeros([ROWS], tl.float32)
+        kept = tl.zeros([ROWS, ROWS], tl.float32)
 
+    if HELD:
+        column = tl.arange(0, BLOCK)
+        e = load_tile(errors, token, seen, column, HEADS * V, V, V % BLOCK == 0)
+        do = load_tile(d_output, token, seen, column, H * V, V, V % BLOCK == 0)
+        dw = load_tile(dv, token, seen, column, H * V, V, V % BLOCK == 0)
     written = tl.zeros([C], tl.float32)
+    row = tl.arange(0, ROWS)
     for first in range(0, K, ROWS):
-        row = first + tl.arange(0, ROWS)
+        xk = load_tile(k, token, seen, row, G * K, K - first, K % ROWS == 0)
+        xq = load_tile(q, token, seen, row, G * K, K - first, K % ROWS == 0)
         gained = tl.zeros([C, ROWS], tl.float32)
         erased = tl.zeros([C, ROWS], tl.float32)
         stored = tl.zeros([C, ROWS], tl.float32)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            inside = (row < K)[:, None] & (column < V)[None, :]
-            S = tl.load(states + row[:, None] * V + column[None, :], mask=inside, other=0.0)
-            D = tl.load(d_states + row[:, None] * V + column[None, :], mask=inside, other=0.0)
-            do = load_tile(d_output, token, seen, column, H * V, V, V % BLOCK == 0)
-            dw = load_tile(dv, token, seen, column, H * V, V, V % BLOCK == 0)
-            e = load_tile(errors, token, seen, column, HEADS * V, V, V % BLOCK == 0)
+            S = load_states(states, row, column, K - first, V, WHOLE)
+            D = load_states(d_states, row, column, K - first, V, WHOLE)
+            if not HELD:
+                e = load_tile(errors, token, seen, column, HEADS * V, V, V % BLOCK == 0)
+                do = load_tile(d_output, token, seen, column, H * V, V, V % BLOCK == 0)
+                dw = load_tile(dv, token, seen, column, H * V, V, V % BLOCK == 0)
             gained += tl.dot(do, tl.trans(S), input_precision=PRECISION)
             erased += tl.dot(dw, tl.trans(S), input_precision=PRECISION)
             stored += tl.dot(e, tl.trans(D), input_precision=PRECISION)
             if PARTS:
-                kept += tl.sum(S.to(tl.float32) * D.to(tl.float32), 1)
-        xk = load_tile(k, token, seen, row, G * K, K, K % ROWS == 0)
+                kept += tl.dot(S, tl.trans(D), input_precision=PRECISION)
         if PARTS:
             erased *= from_start[:, None]
             stored *= to_end[:, None]
@@ -133,17 +156,23 @@ def chunk_gradients(
         written += tl.sum(stored * xk.to(tl.float32), 1)
         stored = stored * strength[:, None] - erased
         stored += tl.dot(to_key, xk, input_precision=PRECISION)
-        xq = load_tile(q, token, seen, row, G * K, K, K % ROWS == 0)
         stored += tl.dot(to_query, xq, input_precision=PRECISION)
-        store_tile(dk, stored, token, seen, row, H * K, K, K % ROWS == 0)
+        store_tile(dk, stored, token, seen, row, H * K, K - first, K % ROWS == 0)
         gained *= scale
         if PARTS:
             gained *= from_start[:, None]
             read_off += tl.sum(gained * xq.to(tl.float32), 1)
         gained += tl.dot(from_query, xk, input_precision=PRECISION)
-        store_tile(dq, gained, token, seen, row, H * K, K, K % ROWS == 0)
+        store_tile(dq, gained, token, seen, row, H * K, K - first, K % ROWS == 0)
+        q += ROWS
+        k += ROWS
+        dq += ROWS
+        dk += ROWS
+        states += ROWS * V
+        d_states += ROWS * V
     tl.store(dbeta + scalars, d_strength + written, mask=seen)
     if PARTS:
         # tokens from t on read the state; what earlier ones wrote, and the state itself, reach the end
         reach = tl.where(earlier, (written * strength)[None, :], read_off[None, :])
-        tl.store(dg + scalars, d_gate + tl.sum(reach, 1) + whole * tl.sum(kept, 0), mask=seen)
+        kept = tl.where(row[:, None] == row[None, :], kept, 0.0)
+        tl.store(dg + scalars, d_gate + tl.sum(reach, 1) + whole * tl.sum(tl.sum(kept, 1), 0), mask=seen)

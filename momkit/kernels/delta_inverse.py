@@ -21,7 +21,7 @@ def chunk_inverse(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """k `[T, G, K]`, beta `[T, H]`, sums `[PARTS, H, T]` of gates -> inverse `[T, H, C]`, a token's row of
+    """k `[T, G, K]`, beta `[H, T]` float32, sums `[PARTS, H, T]` of gates -> inverse `[T, H, C]`, a token's row of
     (I + P diag(beta))^-1. PARTS = 0: no gates."""
     program = tl.program_id(0)
     head = program % H
@@ -51,7 +51,7 @@ def chunk_inverse(
         decay = pair_decay(high, low, False, True, PARTS == 2)
     else:
         decay = pair_mask(C, False, True)
-    strength = tl.load(beta + row * H + head + token * H, mask=seen, other=0.0).to(tl.float32)
+    strength = tl.load(beta + head.to(tl.int64) * T + begin + token, mask=seen, other=0.0)
     solved = unit_lower_inverse(keys * decay * strength[None, :], PRECISION)
     tl.store(place, solved.to(inverse.dtype.element_ty), mask=seen[:, None])
 

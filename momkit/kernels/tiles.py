@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 @triton.jit
-def load_tile(base, rows, live, cols, STRIDE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+def load_tile(base, rows, live, cols, STRIDE: tl.constexpr, WIDTH, EXACT: tl.constexpr):
     """Rows `[C, cols]` of a packed tensor, zeros where no token or no column is."""
     mask = live[:, None] if EXACT else live[:, None] & (cols < WIDTH)[None, :]
     return tl.load(base + rows[:, None] * STRIDE + cols[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(base, tile, rows, live, cols, STRIDE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+def store_tile(base, tile, rows, live, cols, STRIDE: tl.constexpr, WIDTH, EXACT: tl.constexpr):
     """Write rows `[C, cols]` of a packed tensor, in its dtype."""
     mask = live[:, None] if EXACT else live[:, None] & (cols < WIDTH)[None, :]
     tl.store(base + rows[:, None] * STRIDE + cols[None, :], tile.to(base.dtype.element_ty), mask=mask)
