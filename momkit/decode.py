@@ -19,9 +19,6 @@ from momkit.scan import BackendChoice, as_mechanism, log_choice, read_sizes
 DecodeBackend = Literal["auto", "reference", "triton"]
 DecodeFunction = Callable[[Mechanism, Inputs, State, Tensor, Sizes], Tensor]
 
-# found out once, here: a cached function would be called again each time torch.compile traces `decode`
-
-
 # what a structure calls for, in the letters of `Affine`
 DECAY_INPUTS: dict[str, tuple[str, ...]] = {
     "none": (),

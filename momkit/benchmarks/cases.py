@@ -19,8 +19,8 @@ SLICE = 2048
 # of the norm, by what it costs to compute in bfloat16
 OUTPUT_BOUND, GRADIENT_BOUND = 1e-2, 3e-2
 
-# inputs, cu_seqlens -> output [T, H, V], final state [N, H, K, V]
-Scan = Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]
+# inputs, cu_seqlens -> output [T, H, V], final state [N, H, K, V] or None
+Scan = Callable[[Inputs, Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,16 @@ def forward_backward(call: Scan, work: Work) -> Callable[[], tuple[Tensor, ...]]
     return run
 
 
+def found(output: Tensor, final_state: Tensor | None) -> dict[str, Tensor]:
+    """What a scan gives, by name."""
+    return {"output": output.detach()} | ({} if final_state is None else {"final_state": final_state.detach()})
+
+
 def results(call: Scan, work: Work) -> dict[str, Tensor]:
-    """Output, final state, and the gradient of every input."""
+    """Output, final state if there is one, and the gradient of every input."""
     output, final_state = call(work.inputs, work.cu_seqlens)
     gradients = torch.autograd.grad(output, tuple(work.inputs.values()), work.grad_output)
-    found = {"output": output.detach(), "final_state": final_state.detach()}
-    return found | {f"d{name}": x for name, x in zip(work.inputs, gradients, strict=True)}
+    return found(output, final_state) | {f"d{name}": x for name, x in zip(work.inputs, gradients, strict=True)}
 
 
 def agree(what: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from momkit.benchmarks.cases import (
     check_against_float64,
     forward,
     forward_backward,
+    found,
     momkit_scan,
     ragged_lengths,
     results,
@@ -98,9 +99,8 @@ def check_forward(case: Case, call: Scan, work: Work) -> dict[str, float]:
     """Output and final state of the whole work against the chunked form in float64."""
     with torch.no_grad():
         wide = {name: x.double() for name, x in work.inputs.items()}
-        names, exact = ("output", "final_state"), momkit_scan(case, "chunked")
-        expected = dict(zip(names, exact(wide, work.cu_seqlens), strict=True))
-        got = dict(zip(names, call(work.inputs, work.cu_seqlens), strict=True))
+        expected = found(*momkit_scan(case, "chunked")(wide, work.cu_seqlens))
+        got = found(*call(work.inputs, work.cu_seqlens))
         return agree(f"{case}, {len(work.grad_output)} tokens, against float64", got, expected)
 
 

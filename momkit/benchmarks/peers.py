@@ -55,15 +55,16 @@ def peer_function(peer: str, rule: str) -> Callable[..., Any]:
 
 
 def peer_scan(peer: str, rule: str) -> Scan:
-    """The peer's scan over packed segments; it takes a batch axis of one, and is asked for final states as ours is."""
+    """The peer's scan over packed segments; it takes a batch axis of one, and is not asked for final states, which ours
+    always gives."""
     function, mechanism = peer_function(peer, rule), as_mechanism(rule)
     names = dict(PEERS[peer][rule].names)
 
-    def call(inputs: Inputs, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def call(inputs: Inputs, cu_seqlens: Tensor) -> tuple[Tensor, None]:
         # views, whose backward passes are views too: the adapter costs neither time nor memory
         batched = {names.get(name, name): x.unsqueeze(0) for name, x in inputs.items()}
         scale = mechanism.scale_for(inputs["q"])
-        output, final_state = function(**batched, scale=scale, cu_seqlens=cu_seqlens, output_final_state=True)
-        return output.squeeze(0), final_state
+        output, _ = function(**batched, scale=scale, cu_seqlens=cu_seqlens)
+        return output.squeeze(0), None
 
     return call

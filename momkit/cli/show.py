@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from pydantic import BaseModel
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -69,13 +70,14 @@ def spec_fields(spec: BaseModel) -> dict[str, Any]:
 
 
 def mechanism_facts(rule: Mechanism) -> dict[str, Any]:
-    """Inputs, states, structure and backend of a rule."""
+    """Inputs, states, structure of a rule, and the backend that runs it on the best device here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "inputs": {name: domain_facts(domain) for name, domain in rule.inputs_domain().items()},
         "state": {name: axes.split() for name, axes in rule.state_axes().items()},
         "output": ["T", *rule.output_axes.split()],
         "structure": None if rule.structure is None else asdict(rule.structure),
-        "backend": asdict(choose_backend(rule)),
+        "backend": asdict(choose_backend(rule, device=device)),
     }
 
 

@@ -1,8 +1,8 @@
 """Which program works on which piece of which segment, decided on the device.
 
-Segments are cut in pieces of `length` tokens, counted from each segment's start, so a cut never depends on what else is
-packed. A grid has room for the most pieces that T tokens in N segments can give; spare programs leave at once. Tokens
-that no segment covers form a last segment of their own, N, whose rows kernels fill with zeros.
+Segments are cut in pieces of `length` tokens, counted from each segment's start; where other segments lie makes no
+difference. A grid has room for the most pieces that T tokens in N segments can give; spare programs leave at once.
+Tokens that no segment covers form a last segment of their own, N, whose rows kernels fill with zeros.
 Pieces of long segments come first: what takes longest should start first.
 """
 

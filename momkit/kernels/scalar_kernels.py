@@ -14,7 +14,7 @@ import triton.language as tl
 
 from momkit.kernels.gates import load_decay, pair_decay, pair_mask
 from momkit.kernels.layout import piece_of
-from momkit.kernels.tiles import load_tile
+from momkit.kernels.tiles import fetch_tile, load_tile
 
 # chunks that the gradient of gates takes at once
 CHUNKS = tl.constexpr(16)
@@ -86,6 +86,15 @@ def scan_kernel(
         at = begin + step * C
         live = rows < end - at
         base = at.to(tl.int64)
+        # loads of the next chunk are issued when this one is done with
+        ahead = tl.maximum(at - C, begin) if REVERSE else tl.minimum(at + C, end - 1)
+        far, final_row = ahead.to(tl.int64), end - 1 - ahead
+        fetch_tile(y + far * (H // RY * K) + h // RY * K, rows, final_row, 0, BK, H // RY * K, K)
+        fetch_tile(z + far * (H // RZ * V) + h // RZ * V, rows, final_row, tile * BV, BV, H // RZ * V, V)
+        if not ONLY_STATE:
+            fetch_tile(x + far * (H // RX * K) + h // RX * K, rows, final_row, 0, BK, H // RX * K, K)
+        if TERMS:
+            fetch_tile(w + far * (H // RW * V) + h // RW * V, rows, final_row, tile * BV, BV, H // RW * V, V)
         b_y = load_tile(y + base * (H // RY * K) + h // RY * K, rows, live, ks, H // RY * K, K, K == BK)
         b_z = load_tile(z + base * (H // RZ * V) + h // RZ * V, rows, live, cols, H // RZ * V, V, V % BV == 0)
         if GATED:

@@ -1,0 +1,342 @@
+"""Tests of the tests: faults are seeded into kernels, one at a time, and the named check must catch each.
+
+A fault is one line of a kernel file and what stands there instead. `TRITON_INTERPRET=1 pytest`.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from momkit.mechanisms.triton_scan import interpreting
+from momkit.registry import find_mechanism
+from momkit.testing.gradient_checks import assert_true_gradients
+from momkit.testing.poison import poisoned_empty
+from momkit.testing.scan_checks import assert_true_to_step
+from momkit.testing.strategies import ScanCase
+from momkit.testing.subjects import ScanSubject
+from momkit.testing.suite import bound_checks
+
+if not interpreting():
+    pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from momkit.kernels import (
+    delta,
+    delta_backward,
+    delta_chain,
+    delta_forward,
+    delta_gradients,
+    delta_inverse,
+    gates,
+    layout,
+    scalar_decay,
+    scalar_kernels,
+    tiles,
+)
+
+Catch = Callable[[], None]
+
+
+@cache
+def conformance(name: str) -> Catch:
+    """The check of the conformance kit with this name: `mamba2-causal`."""
+    rule, _, check = name.partition("-")
+    return next(
+        bound for bound, _ in bound_checks([rule], backend="triton") if bound.id == f"{rule}-triton-check_{check}"
+    )
+
+
+def assert_true(name: str, lengths: tuple[int, ...], **sizes: int) -> None:
+    """Results of a rule's kernels, and their gradients, where the few cases of the conformance kit don't reach."""
+    cls = find_mechanism(name)
+    subject = ScanSubject(name, cls, cls.Spec(), "triton")
+    case = ScanCase(subject.rule, {"H": 1, "G": 1, "K": 3, "V": 5} | sizes, lengths, seed=0, dtype=torch.float32)
+    assert_true_to_step(subject, case)
+    assert_true_gradients(subject, case)
+
+
+def scalar_scan() -> None:
+    assert_true("mamba2", (70, 0, 3), H=4, G=2)
+
+
+def delta_scan() -> None:
+    assert_true("gated_deltanet", (40, 0, 3), H=4, G=2)
+
+
+def in_short_pieces(name: str, **sizes: int) -> None:
+    """Segments split in three pieces, the middle one between two others, and in two."""
+    with pytest.MonkeyPatch.context() as patch:
+        for family in (scalar_decay, delta):
+            patch.setattr(family, "SHORTEST_PIECE", 64)
+            patch.setattr(family, "multiprocessors", lambda device: 1 << 20)
+        assert_true(name, (140, 70), **sizes)
+
+
+def scalar_scan_in_pieces() -> None:
+    in_short_pieces("mamba2")
+
+
+def delta_scan_in_pieces() -> None:
+    # with few keys, or gates, nothing lasts from one end of a piece to the other
+    in_short_pieces("deltanet", K=24)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """caught_by: a rule and a check of the conformance kit, or a test where the kit's few cases don't reach."""
+
+    name: str
+    module: ModuleType
+    line: str
+    instead: str
+    caught_by: str | Catch
+
+
+FAULTS = [
+    # what both families share
+    Fault(
+        "decay_without_the_tokens_own_gate",
+        gates,
+        "wide = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0)",
+        "wide = tl.cumsum(gates.to(tl.float64) * LOG2_E, 0) - gates.to(tl.float64) * LOG2_E",
+        "mamba2-matches_reference",
+    ),
+    Fault(
+        "endless_gates_not_clamped",
+        gates,
+        "gates = tl.maximum(gates, least, propagate_nan=tl.PropagateNan.ALL)",
+        "gates = gates",
+        "mamba2-extreme_gates",
+    ),
+    Fault(
+        "pairs_masked_after_the_exponential",
+        gates,
+        'return tl.exp2(tl.where(seen, span, float("-inf")))',
+        "return tl.exp2(span) * tl.where(seen, 1.0, 0.0)",
+        "mamba2-extreme_gates",
+    ),
+    Fault(
+        "sums_of_gates_rounded_to_float32",
+        gates,
+        "span += low[:, None] - low[None, :]",
+        "span += 0.0",
+        "mamba2-extreme_gates",
+    ),
+    Fault(
+        "uncovered_rows_in_no_piece",
+        layout,
+        "tl.where(n == segments - 1, T, tl.maximum(end, begin))",
+        "tl.maximum(end, begin)",
+        "mamba2-uncovered_tail",
+    ),
+    Fault(
+        "pieces_end_one_token_early",
+        layout,
+        "tl.minimum(start_token + length, end)",
+        "tl.minimum(start_token + length, end - 1)",
+        "mamba2-matches_reference",
+    ),
+    Fault(
+        "gradient_of_one_head_of_a_group",
+        tiles,
+        "K).sum(2)",
+        "K)[:, :, 0]",
+        scalar_scan,
+    ),
+    # the scalar family
+    Fault(
+        "token_does_not_read_its_own_write",
+        scalar_kernels,
+        "between *= pair_decay(high, low, REVERSE, False, LOW)",
+        "between *= pair_decay(high, low, REVERSE, True, LOW)",
+        "mamba2-matches_reference",
+    ),
+    Fault(
+        "last_chunk_lost_unless_full",
+        scalar_kernels,
+        "steps = tl.cdiv(end - begin, C)\n",
+        "steps = (end - begin) // C\n",
+        "mamba2-matches_reference",
+    ),
+    Fault(
+        "state_not_decayed_between_chunks",
+        scalar_kernels,
+        "S *= tl.exp2(total)",
+        "S *= 1.0",
+        "mamba2-matches_reference",
+    ),
+    Fault(
+        "initial_state_ignored",
+        scalar_kernels,
+        "S = tl.load(source + spot, mask=inside, other=0.0)\n",
+        "S = tl.load(source + spot, mask=inside & (enters == 0), other=0.0)\n",
+        "mamba2-matches_reference",
+    ),
+    Fault(
+        "gradient_of_the_final_state_lost",
+        scalar_kernels,
+        "S = tl.load(source + spot, mask=inside, other=0.0)\n",
+        "S = tl.load(source + spot, mask=inside & (enters == 0 if REVERSE else True), other=0.0)\n",
+        "mamba2-gradients_match_reference",
+    ),
+    Fault(
+        "no_final_state_of_an_empty_segment",
+        scalar_kernels,
+        "if leaves:\n            tl.store(last",
+        "if leaves & (begin < end):\n            tl.store(last",
+        "mamba2-empty_segments",
+    ),
+    Fault(
+        "uncovered_rows_not_written",
+        scalar_kernels,
+        "cols[None, :], 0.0, mask=mask)",
+        "cols[None, :], 0.0, mask=mask & False)",
+        "mamba2-uncovered_tail",
+    ),
+    Fault(
+        "gates_of_uncovered_rows_not_written",
+        scalar_kernels,
+        "tl.store(target, 0.0, mask=live)",
+        "tl.store(target, 0.0, mask=live & False)",
+        "mamba2-uncovered_tail",
+    ),
+    Fault(
+        "gate_gradient_without_what_crosses_the_chunk",
+        scalar_kernels,
+        "tl.store(target, inside + across[:, None], mask=live)",
+        "tl.store(target, inside, mask=live)",
+        scalar_scan,
+    ),
+    Fault(
+        "heads_share_keys_in_turn",
+        scalar_kernels,
+        "b_y = load_tile(y + base * (H // RY * K) + h // RY * K,",
+        "b_y = load_tile(y + base * (H // RY * K) + h % (H // RY) * K,",
+        scalar_scan,
+    ),
+    Fault(
+        "chain_of_pieces_without_decay",
+        scalar_kernels,
+        "S = S * tl.load(decays + at.to(tl.int64) * H + h) + added",
+        "S = S + added",
+        scalar_scan_in_pieces,
+    ),
+    # the delta family
+    Fault(
+        "strength_missing_in_the_erase",
+        delta_inverse,
+        "unit_lower_inverse(keys * decay * strength[None, :], PRECISION)",
+        "unit_lower_inverse(keys * decay, PRECISION)",
+        "gated_deltanet-matches_reference",
+    ),
+    Fault(
+        "inverse_of_large_blocks_not_merged",
+        delta_inverse,
+        "if (1 << level) < C:",
+        "if (1 << level) < C // 2:",
+        "deltanet-matches_reference",
+    ),
+    Fault(
+        "chunk_ends_one_token_early",
+        delta_forward,
+        "seen = token < length - first\n",
+        "seen = token < length - first - 1\n",
+        "gated_deltanet-matches_reference",
+    ),
+    Fault(
+        "erase_sees_the_state_before_its_decay",
+        delta_forward,
+        "wanted *= from_start[:, None]",
+        "wanted *= 1.0",
+        "gated_deltanet-matches_reference",
+    ),
+    Fault(
+        "no_final_state_of_an_empty_delta_segment",
+        delta_forward,
+        "if READ and last:",
+        "if READ and last and begin < end:",
+        delta_scan,
+    ),
+    Fault(
+        "delta_heads_share_keys_in_turn",
+        delta_forward,
+        "keys = at * (G * K) + full_head // (H // G) * K",
+        "keys = at * (G * K) + full_head % G * K",
+        delta_scan,
+    ),
+    Fault(
+        "gradient_of_the_final_delta_state_lost",
+        delta_backward,
+        "D = tl.load(source + state_tile, mask=state_inside, other=0.0)",
+        "D = tl.load(source + state_tile, mask=state_inside, other=0.0) * 0.0",
+        delta_scan,
+    ),
+    Fault(
+        "gate_gradient_without_the_state_that_stays",
+        delta_gradients,
+        "+ whole * tl.sum(",
+        "+ 0.0 * tl.sum(",
+        delta_scan,
+    ),
+    Fault(
+        "chain_of_pieces_without_moves",
+        delta_chain,
+        "arrived += tl.dot(m, part, input_precision=PRECISION)",
+        "arrived += 0.0",
+        delta_scan_in_pieces,
+    ),
+]
+
+
+def plant(fault: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Load the fault's file with the one line changed, and let all other kernel files use what is in it."""
+    text = Path(fault.module.__file__).read_text()
+    assert text.count(fault.line) == 1, f"{fault.line!r} must be in {fault.module.__name__} once"
+    # in a file, since the interpreter reads the source of a kernel from there
+    path = folder / f"{fault.name}.py"
+    path.write_text(text.replace(fault.line, fault.instead))
+    spec = spec_from_file_location(fault.name, path)
+    faulty = module_from_spec(spec)
+    spec.loader.exec_module(faulty)
+    sound = dict(vars(fault.module))
+    made_anew = {name: x for name, x in vars(faulty).items() if name[:2] != "__" and x is not sound[name]}
+    users = [user for name, user in sys.modules.items() if name.startswith("momkit.kernels.")]
+    for user in users:
+        for name, x in made_anew.items():
+            if vars(user).get(name) is sound[name]:
+                patch.setattr(user, name, x)
+
+
+@cache
+def assert_passes(caught_by: str | Catch) -> Catch:
+    """What is to catch faults, once it has passed: what fails anyway would prove nothing."""
+    catch = poisoned(conformance(caught_by) if isinstance(caught_by, str) else caught_by)
+    catch()
+    return catch
+
+
+def poisoned(catch: Catch) -> Catch:
+    """What is never written is NaN, and not by chance what it was to be."""
+
+    def run() -> None:
+        with poisoned_empty():
+            catch()
+
+    return run
+
+
+# what overflows, and says so, is to be caught by its results
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
+def test_caught(fault, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOMKIT_PROFILE", "interpret")
+    catch = assert_passes(fault.caught_by)
+    plant(fault, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        catch()
