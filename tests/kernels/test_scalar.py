@@ -227,3 +227,17 @@ def test_opcheck(gates):
     gradients = torch.ones_like(output), torch.ones_like(final_state) if gates else None
     arguments = (*plain, *saved, *gradients, 0.5, gates is not None)
     torch.library.opcheck(ops.scalar_scan_backward.default, arguments)
+
+
+def test_gradients_of_gates_add_up_over_many_tokens(monkeypatch):
+    """What a bias of all gates gets as its gradient: roundings must not add up over the tokens that a chunk passes."""
+    monkeypatch.setattr(scalar_decay, "SHORTEST_PIECE", 1024)
+    case = make((768,), H=1, K=16, V=16, dtype=torch.float16, state=False, decay=0.01)
+    weight = torch.randn(768, 1, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = {}
+    for backend, wide in (("chunked", True), ("triton", False)):
+        leaves = case.fresh(wide)
+        output = run(as_mechanism(Mamba2Spec()), dict(leaves), case.cu_seqlens, backend=backend).output
+        found[backend] = gradients_of((output.double() * weight).sum(), leaves)["g"].double()
+    off = float((found["triton"] - found["chunked"]).sum().abs())
+    assert off <= 2e-5 * float(found["chunked"].abs().sum())
