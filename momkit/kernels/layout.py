@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from momkit.errors import InputError
 from momkit.kernels.launch import cdiv, launch
 
 BLOCK = tl.constexpr(128)
@@ -36,7 +37,10 @@ class Pieces:
 
     @staticmethod
     def of(cu_seqlens: Tensor, num_tokens: int, length: int) -> "Pieces":
-        """Pieces of at most `length` tokens; one small launch or two, no synchronisation."""
+        """Pieces of at most `length` tokens; one small launch or two, no synchronisation. InputError for 2^31
+        tokens or more."""
+        if num_tokens >= 2**31:
+            raise InputError(f"T = {num_tokens} packed tokens; allowed: less than 2^31")
         segments = len(cu_seqlens)  # with the uncovered one
         table = cu_seqlens.new_empty((4, segments + num_tokens // length), dtype=torch.int32)
         first = cu_seqlens.new_empty(segments, dtype=torch.int32)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from momkit.errors import BackendError
+
 # the widest side of a state, padded to a power of two, that an entry serves
 SIZE_CLASSES = (64, 128, 256)
 # GPUs whose programs get less than this share the reduced table
@@ -50,10 +52,16 @@ def padded(size: int) -> int:
 
 @cache
 def config(kernel: str, dtype: torch.dtype, rows: int, columns: int, device: torch.device) -> Config:
-    """Launch settings of a kernel for a state of `rows` x `columns`."""
+    """Launch settings of a kernel for a state of `rows` x `columns`; BackendError where the table has none."""
     widest = padded(max(rows, columns))
-    size_class = next(str(size) for size in SIZE_CLASSES if widest <= size)
-    block, num_warps, num_stages = table()[gpu_class(device)][kernel][str(dtype.itemsize)][size_class]
+    size_class = next((str(size) for size in SIZE_CLASSES if widest <= size), "")
+    try:
+        block, num_warps, num_stages = table()[gpu_class(device)][kernel][str(dtype.itemsize)][size_class]
+    except KeyError:
+        raise BackendError(
+            f"kernel {kernel!r} has no launch settings for a state of {rows} x {columns} with {dtype} inputs; "
+            f"allowed: up to {SIZE_CLASSES[-1]} x {SIZE_CLASSES[-1]}, 16 or 32 bits"
+        ) from None
     return Config(min(block, padded(columns)), num_warps, num_stages)
 
 

@@ -42,6 +42,8 @@ def why_not_triton(
         return "triton is not installed"
     if device and device.type != "cuda" and not interpreting():
         return f"it runs on CUDA, not on {device.type} (TRITON_INTERPRET=1 interprets the kernels, slowly)"
+    if device and device.type == "cuda" and torch.version.hip:
+        return "the kernels are written for NVIDIA GPUs"
     if device and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if dtype == torch.float64:
