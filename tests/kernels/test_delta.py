@@ -16,7 +16,7 @@ from momkit.testing.tolerances import assert_as_good, assert_equal
 if not interpreting():
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from momkit.kernels import delta
+from momkit.kernels import delta, tuning
 from momkit.kernels.delta import delta_scan
 
 
@@ -221,3 +221,14 @@ def test_opcheck(gates):
     output, final_state, *found = torch.ops.momkit.delta_scan(*inputs, 0.5)
     d_outputs = torch.ones_like(output), torch.ones_like(final_state)
     torch.library.opcheck(torch.ops.momkit.delta_scan_backward.default, (*inputs, *found, *d_outputs, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_settings_of_small_gpus(monkeypatch, dtype):
+    """The other half of the table, which an interpreter would not take by itself."""
+    monkeypatch.setattr(tuning, "gpu_class", lambda device: "small")
+    tuning.config.cache_clear()
+    try:
+        assert_right(make((3, 70), K=20, V=36, dtype=dtype))
+    finally:
+        tuning.config.cache_clear()

@@ -18,7 +18,7 @@ from momkit.testing.tolerances import FLOOR, assert_as_good, assert_equal, error
 if not interpreting():
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from momkit.kernels import scalar_decay
+from momkit.kernels import scalar_decay, tuning
 from momkit.kernels.scalar_decay import scalar_scan
 
 
@@ -241,3 +241,14 @@ def test_gradients_of_gates_add_up_over_many_tokens(monkeypatch):
         found[backend] = gradients_of((output.double() * weight).sum(), leaves)["g"].double()
     off = float((found["triton"] - found["chunked"]).sum().abs())
     assert off <= 2e-5 * float(found["chunked"].abs().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_settings_of_small_gpus(monkeypatch, dtype):
+    """The other half of the table, which an interpreter would not take by itself."""
+    monkeypatch.setattr(tuning, "gpu_class", lambda device: "small")
+    tuning.config.cache_clear()
+    try:
+        assert_right(make((3, 70), V=70, dtype=dtype))
+    finally:
+        tuning.config.cache_clear()
