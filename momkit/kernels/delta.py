@@ -115,9 +115,7 @@ class Scan:
 
     @property
     def most_split(self) -> int:
-        """The most places that pieces of split segments can take; the longest come first, so they are the first."""
-        T = len(self.call.v)
-        return min(self.pieces.count, 2 * (T // self.length)) if self.length < T else 0
+        return self.pieces.most_split(len(self.call.v), self.length)
 
     def scan(
         self,

@@ -24,20 +24,6 @@ HEADS = tl.constexpr(16)
 
 
 @triton.jit
-def chunk_gates(gates):
-    """Gates `[C]` -> their inclusive cumulative sum (high, low) `[C]`, what is still to come after each `[C]`, and the
-    sum of all, to base 2, float32.
-
-    What lies beyond the chunk's last token must be 0.
-    """
-    wide = tl.maximum(gates.to(tl.float32), FORGET_ALL, propagate_nan=tl.PropagateNan.ALL).to(tl.float64) * LOG2_E
-    sums = tl.cumsum(wide, 0)
-    high = sums.to(tl.float32)
-    total = tl.sum(wide, 0)
-    return high, (sums - high.to(tl.float64)).to(tl.float32), (total - sums).to(tl.float32), total.to(tl.float32)
-
-
-@triton.jit
 def pair_decay(high, low, REVERSE: tl.constexpr, STRICT: tl.constexpr, LOW: tl.constexpr = True):
     """Decay between tokens `[C, C]`: row i reads what column j <= i wrote; reversed, column j >= i. Zero elsewhere.
 

@@ -35,6 +35,10 @@ class Pieces:
     def count(self) -> int:
         return self.table.shape[1]
 
+    def most_split(self, num_tokens: int, length: int) -> int:
+        """The most places that pieces of split segments can take; the longest come first, so they are the first."""
+        return min(self.count, 2 * (num_tokens // length)) if length < num_tokens else 0
+
     @staticmethod
     def of(cu_seqlens: Tensor, num_tokens: int, length: int) -> "Pieces":
         """Pieces of at most `length` tokens; one small launch or two, no synchronisation. InputError for 2^31

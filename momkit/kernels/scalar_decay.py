@@ -44,8 +44,7 @@ class Scans:
 
     @property
     def most_split(self) -> int:
-        """The most places that pieces of split segments can take; the longest come first, so they are the first."""
-        return min(self.pieces.count, 2 * (self.num_tokens // self.length)) if self.length < self.num_tokens else 0
+        return self.pieces.most_split(self.num_tokens, self.length)
 
     def starts(self, state: Tensor | None, y: Tensor, z: Tensor, scale: float = 1.0, reverse: bool = False) -> Tensor:
         """`[places, H, K, V]`: the state, over `scale`, that each piece but a segment's first starts from."""
