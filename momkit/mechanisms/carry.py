@@ -34,8 +34,8 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return without_autocast(once)
 
 
-# unit triangular blocks of this size go to the library solver
-SOLVED = 16
+# unit triangular blocks of at most this size go to the library solver
+SOLVED = 32
 
 
 class UnitLowerInverse(torch.autograd.Function):
@@ -61,11 +61,13 @@ def unit_lower_inverse(A: Tensor) -> Tensor:
 
 
 def invert(A: Tensor) -> Tensor:
-    """Halve until small: the inverse of [[P, 0], [X, Q]] is [[P^-1, 0], [-Q^-1 X P^-1, Q^-1]]."""
+    """(I + strictly lower part of A)^-1, transposed in memory where small; else in halves: the inverse of
+    [[P, 0], [X, Q]] is [[P^-1, 0], [-Q^-1 X P^-1, Q^-1]]."""
     C = A.shape[-1]
     if C <= SOLVED:
+        # from the right, and of a contiguous matrix: half the time of the same from the left, and as exact
         eye = torch.eye(C, dtype=A.dtype, device=A.device).expand_as(A)
-        solved: Tensor = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+        solved: Tensor = torch.linalg.solve_triangular(A.contiguous(), eye, upper=False, left=False, unitriangular=True)
         return solved
     h = C // 2
     first, second = invert(A[:, :h, :h]), invert(A[:, h:, h:])
@@ -74,6 +76,10 @@ def invert(A: Tensor) -> Tensor:
     inverse[:, h:, h:] = second
     inverse[:, h:, :h] = torch.bmm(second, torch.bmm(A[:, h:, :h], first)).neg_()
     return inverse
+
+
+# tensors of chunks `[rows, ...]` that describe erases, or None for each
+Erase = tuple[Tensor | None, ...]
 
 
 class Carry(torch.autograd.Function):
@@ -92,48 +98,20 @@ class Carry(torch.autograd.Function):
         B: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         starts = S.new_empty(len(whole), *S.shape[1:])
-        Z, E = (None, None) if V is None else (torch.empty_like(V), torch.empty_like(V))
-        Vs, Ks, Ts, Bs, Zs, Es, writes = (split(x, counts) for x in (V, K, T, B, Z, E, write))
-        states, wholes = starts.split(counts), whole.split(counts)
-        retired: list[Tensor] = []
-        states[0].copy_(S)
-        for t, alive in enumerate([*counts[1:], 0]):
-            after = states[t + 1] if alive == counts[t] else torch.empty_like(states[t])
-            torch.mul(states[t], wholes[t], out=after)
-            if writes:
-                after.add_(writes[t])
-            if Vs:
-                torch.baddbmm(Vs[t], Ks[t], states[t], alpha=-1, out=Zs[t])
-                torch.bmm(Ts[t], Zs[t], out=Es[t])
-                after.baddbmm_(Bs[t].mT, Es[t])
-            if alive < counts[t]:
-                retired.append(after[alive:])
-            if 0 < alive < counts[t]:
-                states[t + 1].copy_(after[:alive])
+        Z, E = (None, None) if V is None else (V.clone(), torch.empty_like(V))
+        final = walk(S, whole, counts, starts, write, (Z, K, T, transposed(B), E))
         ctx.save_for_backward(starts, whole, Z, E, K, T, B)
         ctx.counts = counts
-        return starts, E, torch.cat(retired[::-1])
+        return starts, E, final
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_starts: Tensor, d_E: Tensor | None, d_final: Tensor) -> tuple[Tensor | None, ...]:
         starts, whole, Z, E, K, T, B = ctx.saved_tensors
-        counts = ctx.counts
         d_next = torch.empty_like(starts)
-        d_Z, d_write_E = (None, None) if E is None else (torch.empty_like(E), torch.empty_like(E))
-        Ks, Ts, Bs, d_Es, d_Zs, d_writes = (split(x, counts) for x in (K, T, B, d_E, d_Z, d_write_E))
-        d_after, d_start, wholes = d_next.split(counts), d_starts.split(counts), whole.split(counts)
-        # lanes that drop out after a chunk time come in there with the gradient of their final state
-        for at, count, alive in zip(d_after, counts, [*counts[1:], 0], strict=True):
-            at[alive:] = d_final[alive:count]
-        d_S = torch.empty_like(d_final)
-        for t in reversed(range(len(counts))):
-            before = d_after[t - 1][: counts[t]] if t else d_S
-            torch.addcmul(d_start[t], wholes[t], d_after[t], out=before)
-            if d_Zs:
-                torch.baddbmm(d_Es[t], Bs[t], d_after[t], out=d_writes[t])
-                torch.bmm(Ts[t].mT, d_writes[t], out=d_Zs[t])
-                before.baddbmm_(Ks[t].mT, d_Zs[t], alpha=-1)
+        d_write_E, d_Z = (None, None) if d_E is None or E is None else (d_E.clone(), torch.empty_like(E))
+        erase = d_write_E, transposed(K), transposed(T), B, d_Z
+        d_S = walk_back(d_final, whole, ctx.counts, d_starts, d_next, erase)
         d_whole = dot_to_size(starts, d_next, whole.shape) if ctx.needs_input_grad[1] else None
         d_write = d_next if ctx.needs_input_grad[3] else None
         if E is None or d_Z is None or d_write_E is None:
@@ -143,11 +121,58 @@ class Carry(torch.autograd.Function):
         return d_S, d_whole, None, d_write, d_Z, d_K, d_T, d_B
 
 
+def walk(S: Tensor, whole: Tensor, counts: list[int], starts: Tensor, write: Tensor | None, erase: Erase) -> Tensor:
+    """`carry` in place: fills starts and, in erase = (Z, K, T, B^T, E), E; turns Z = V to V - K S; returns final S."""
+    Zs, Ks, Ts, Bs, Es, writes = (split(x, counts) for x in (*erase, write))
+    states, wholes = starts.split(counts), whole.split(counts)
+    retired: list[Tensor] = []
+    states[0].copy_(S)
+    for t, (start, alive) in enumerate(zip(states, [*counts[1:], 0], strict=True)):
+        after = states[t + 1] if alive == counts[t] else torch.empty_like(start)
+        torch.mul(start, wholes[t], out=after)
+        if writes:
+            after.add_(writes[t])
+        if Zs:
+            Zs[t].baddbmm_(Ks[t], start, alpha=-1)
+            after.baddbmm_(Bs[t], torch.bmm(Ts[t], Zs[t], out=Es[t]))
+        if alive < counts[t]:
+            retired.append(after[alive:])
+            if alive:
+                states[t + 1].copy_(after[:alive])
+    return torch.cat(retired[::-1])
+
+
+def walk_back(
+    d_final: Tensor, whole: Tensor, counts: list[int], d_starts: Tensor, d_next: Tensor, erase: Erase
+) -> Tensor:
+    """The gradient of `walk`, in place: fills d_next, of the state after each chunk, and, of erase = (d_E, K^T, T^T, B,
+    d_Z), d_Z, adds to d_E what later chunks ask for, returns the gradient of S."""
+    d_Es, Ks, Ts, Bs, d_Zs = (split(x, counts) for x in erase)
+    d_after, d_start, wholes = d_next.split(counts), d_starts.split(counts), whole.split(counts)
+    # lanes that drop out after a chunk time come in there with the gradient of their final state
+    for at, count, alive in zip(d_after, counts, [*counts[1:], 0], strict=True):
+        if alive < count:
+            at[alive:] = d_final[alive:count]
+    d_S = torch.empty_like(d_final)
+    for t in reversed(range(len(counts))):
+        before = d_after[t - 1][: counts[t]] if t else d_S
+        torch.addcmul(d_start[t], wholes[t], d_after[t], out=before)
+        if d_Zs:
+            d_Es[t].baddbmm_(Bs[t], d_after[t])
+            before.baddbmm_(Ks[t], torch.bmm(Ts[t], d_Es[t], out=d_Zs[t]), alpha=-1)
+    return d_S
+
+
 def dot_to_size(x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
-    """(x * y).sum_to_size(shape); where whole matrices meet, as dot products, which need no third matrix."""
+    """(x * y).sum_to_size(shape); where whole matrices meet, over flat rows, which is quicker."""
     if shape[1:] == (1, 1):
-        return torch.bmm(x.flatten(1)[:, None], y.flatten(1)[..., None])
+        return (x * y).flatten(1).sum(1)[:, None, None]
     return (x * y).sum_to_size(shape)
+
+
+def transposed(x: Tensor | None) -> Tensor | None:
+    """Each matrix transposed, nothing for nothing."""
+    return None if x is None else x.mT
 
 
 def split(x: Tensor | None, counts: list[int]) -> tuple[Tensor, ...]:
@@ -160,7 +185,7 @@ def carry(
     whole: Tensor,
     counts: list[int],
     write: Tensor | None = None,
-    erase: tuple[Tensor, Tensor, Tensor, Tensor] | tuple[None, None, None, None] = (None, None, None, None),
+    erase: Erase = (None, None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States from chunk to chunk: S_{t+1} = whole_t S_t + write_t + B_t^T E_t, E_t = T_t (V_t - K_t S_t).
 

@@ -4,6 +4,7 @@ Letters: B chunks times heads, C tokens of a chunk.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -97,6 +98,12 @@ class Layout:
         return Places(there, back[:-1], self.padded, len(self.covered) < T, alike)
 
 
+def spans(groups: list[list[int]]) -> list[tuple[slice, list[int]]]:
+    """Each group of chunk times with the range of its rows."""
+    ends = [0, *accumulate(map(sum, groups))]
+    return [(slice(*span), counts) for span, counts in zip(pairwise(ends), groups, strict=True)]
+
+
 def every_token(x: Affine, dtype: torch.dtype) -> Inputs:
     """The inputs there are as `[T, H, ...]`: constants expanded along time, key heads repeated."""
     T, H = x.v.shape[:2]
@@ -130,13 +137,26 @@ class Places:
     def inverse(self) -> "Places":
         return Places(self.back, self.there, self.left_out, self.gaps)
 
-    def take(self, x: Tensor, some: slice = slice(None)) -> Tensor:
-        """The rows of `x` `[rows, ...]` in some places, zeros in the gaps."""
+    def take(self, x: Tensor, some: slice = slice(None), room: Tensor | None = None) -> Tensor:
+        """The rows of `x` `[rows, ...]` in some places, zeros in the gaps; into a room for them, if one is given."""
         there = self.there[some]
+        if self.alike is not None:
+            room = x.new_empty(*there.shape, *x.shape[1:]) if room is None else room
+            source = self.by_time(x, some, self.alike)
+            room.view(source.shape).copy_(source)
+            return room
         taken = x.index_select(0, there.flatten().clamp_min(0) if self.gaps else there.flatten())
         # not even a view of the same shape: it would forbid callers to change an output in place
         taken = taken if there.ndim == 1 else taken.view(*there.shape, *x.shape[1:])
-        return taken.masked_fill_((there < 0).view(*there.shape, *[1] * (x.ndim - 1)), 0) if self.gaps else taken
+        taken = taken.masked_fill_((there < 0).view(*there.shape, *[1] * (x.ndim - 1)), 0) if self.gaps else taken
+        return taken if room is None else room.copy_(taken)
+
+    def by_time(self, x: Tensor, some: slice, alike: tuple[int, int, int]) -> Tensor:
+        """The rows of some places as they lie, seen by chunk time, segment and head: `[times, N, H, C, ...]`."""
+        N, C, H = alike
+        start, stop, _ = some.indices(len(self.there))
+        by_segment = x.view(N, -1, C, H, *x.shape[1:])[:, start // (N * H) : stop // (N * H)]
+        return by_segment.transpose(0, 1).transpose(2, 3)
 
     def room(self, x: Tensor) -> Tensor:
         """Room for all rows of the shape of those of `x`: zeros where no place has one; with gaps, a spare row."""
@@ -147,9 +167,8 @@ class Places:
         """`take` undone: `x`, the rows of some places, into the room for all; what is in gaps goes to the spare row."""
         if self.alike is not None:
             # then it is a transposition, three times as fast as a scatter
-            N, C, H = self.alike
-            by_time = room.unflatten(0, (N, -1, C, H)).movedim((1, 0, 3, 2), (0, 1, 2, 3))
-            by_time[some.start // (N * H) : some.stop // (N * H)] = x.unflatten(0, (-1, N, H))
+            target = self.by_time(room, some, self.alike)
+            target.copy_(x.view(target.shape))
             return
         there = self.there[some].flatten()
         room.index_copy_(0, there.where(there >= 0, len(room) - 1) if self.gaps else there, x.flatten(0, 1))

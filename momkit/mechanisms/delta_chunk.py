@@ -5,43 +5,51 @@ Token j writes y_j = beta_j k_j times f_j = v_j - (what k_j reads), so that insi
     (I + P_k) F = V - K' S        O = scale (P_q F + Q' S)        next S = whole S + Y'^T F
 
 where P_x,ij = (decay from j to i) x_i . y_j, K' and Q' are decayed since the chunk began, Y' until it ends. What the
-state holds is taken off V before the system, ill-conditioned when keys are alike, is solved. Groups of chunks are small
-enough to stay in cache. The gradient keeps what is costly, and computes again what is cheap.
+state holds is taken off V before the system, ill-conditioned when keys are alike, is solved. Keys and queries read
+alike, so they go through matrix products together. Groups of chunks are small enough to stay in cache. The gradient
+keeps what is costly, and computes again what is cheap.
 
 Letters: B chunks times heads, C tokens of a chunk, K key dim, V value dim.
 """
 
-from collections.abc import Iterator
-from itertools import accumulate, pairwise
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
 from momkit.mechanisms.base import Inputs
-from momkit.mechanisms.carry import differentiable_once, invert
-from momkit.mechanisms.chunk_layout import Places
+from momkit.mechanisms.carry import differentiable_once, invert, walk, walk_back
+from momkit.mechanisms.chunk_layout import Places, spans
+
+Cut = tuple[Places, list[list[int]], float]  # where tokens go, lanes alive at each chunk time by group, scale
+TOGETHER = 4  # groups in one piece of memory
 
 
-class Decay:
-    """Decays under one gate `g` `[B, C]` a token, as products of gates, exact from one to zero.
+class Decay(NamedTuple):
+    """Decays under one gate a token, as products of gates, exact from one to zero.
 
     between: `[B, C, C]`, from token j to token i, zero for j > i. since, until: `[B, C, 1]`, since the chunk began and
     until it ends. whole: `[B, 1, 1]`, of the whole chunk.
     """
 
-    def __init__(self, between: Tensor, since: Tensor) -> None:
-        self.between, self.since = between, since
-        self.until = between[:, -1, :, None]
-        self.whole = since[:, -1:]
+    between: Tensor
+    since: Tensor
+    until: Tensor
+    whole: Tensor
+
+    def rows(self, some: slice) -> "Decay":
+        return Decay(*(part[some] for part in self))
 
     @staticmethod
     def of(g: Tensor) -> "Decay":
+        """Under the gates g `[B, C]`."""
         gate = g.exp()[..., None]
         later = torch.ones(g.shape[1], g.shape[1], dtype=g.dtype, device=g.device).tril(-1)
         between = torch.addcmul(1 - later, gate, later).cumprod(1).tril_()
-        return Decay(between, between[:, :, :1] * gate[:, :1])
+        since = between[:, :, :1] * gate[:, :1]
+        return Decay(between, since, between[:, -1, :, None], since[:, -1:])
 
 
 def gradient_of_gates(between: Tensor, since: Tensor, until: Tensor, whole: Tensor) -> Tensor:
@@ -58,103 +66,119 @@ def gradient_of_gates(between: Tensor, since: Tensor, until: Tensor, whole: Tens
     return d_g
 
 
+class Kept(NamedTuple):
+    """What is kept of a group: keys, then queries `[B, 2, C, K]`; P_k, then P_q `[B, 2, C, C]`; (I + P_k)^-1
+    `[B, C, C]`; the states that chunks start from `[B, K, V]`; F `[B, C, V]`."""
+
+    x: Tensor
+    pairs: Tensor
+    inverse: Tensor
+    starts: Tensor
+    F: Tensor
+
+    @staticmethod
+    def rooms(S: Tensor, C: int, sizes: list[int]) -> "list[Kept]":
+        """Room for groups of so many chunks. A few groups share one piece of memory: pieces of middling size go back to
+        the system whenever they are freed, and to get them again takes longer than to fill them."""
+        K, V = S.shape[1:]
+        shapes = (2, C, K), (2, C, C), (C, C), (K, V), (C, V)
+        each = [math.prod(shape) for shape in shapes]
+        rooms: list[Kept] = []
+        for some in (sizes[i : i + TOGETHER] for i in range(0, len(sizes), TOGETHER)):
+            for B, piece in zip(some, S.new_empty(sum(some), sum(each)).split(some), strict=True):
+                parts = piece.flatten().split([B * n for n in each])
+                room = Kept(*(part.view(B, *shape) for part, shape in zip(parts, shapes, strict=True)))
+                rooms.append(room._replace(inverse=room.inverse.mT))  # as `invert` returns it
+        return rooms
+
+
+def forward_chunks(
+    kept: Kept, v: Tensor, decay: Decay, beta: Tensor, S: Tensor, counts: list[int], scale: float
+) -> Tensor:
+    """scale (P_q F + Q' S) of a group of chunks whose `kept.x` is there; fills what else is kept, and moves S on."""
+    x, pairs, inverse, starts, F = kept
+    y = x[:, 0] * beta
+    torch.bmm(x.flatten(1, 2), y.mT, out=pairs.flatten(1, 2))
+    pairs.mul_(decay.between[:, None])
+    inverse.copy_(invert(pairs[:, 0]))
+    read_k, read_q = (x * decay.since[:, None]).unbind(1)
+    S.copy_(walk(S, decay.whole, counts, starts, None, (v, read_k, inverse, (y * decay.until).mT, F)))
+    return torch.bmm(pairs[:, 1], F).baddbmm_(read_q, starts, beta=scale, alpha=scale)
+
+
+def backward_chunks(
+    kept: Kept, d_reads: Tensor, decay: Decay, beta: Tensor, d_S: Tensor, counts: list[int], gates: bool
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v, beta and, if `gates`, of g, in a group of chunks; moves d_S back.
+
+    d_reads `[B, 2, C, V]`: of what queries read, in [:, 1]; that of what keys read is minus the gradient of v.
+    """
+    x, pairs, inverse, starts, F = kept
+    (k, q), (d_k_reads, d_q_reads) = x.unbind(1), d_reads.unbind(1)
+    y = k * beta
+    d_F, d_starts = torch.bmm(pairs[:, 1].mT, d_q_reads), torch.bmm(q.mT, d_q_reads * decay.since)
+    d_ends, d_v = torch.empty_like(starts), torch.empty_like(F)
+    erase = d_F, (k * decay.since).mT, inverse.mT, y * decay.until, d_v
+    d_S.copy_(walk_back(d_S, decay.whole, counts, d_starts, d_ends, erase))
+
+    torch.neg(d_v, out=d_k_reads)
+    d_reads = d_reads.flatten(1, 2)
+    d_x = torch.bmm(d_reads, starts.mT).view_as(x).mul_(decay.since[:, None])
+    d_y = torch.bmm(F, d_ends.mT).mul_(decay.until)
+    d_pairs = torch.bmm(d_reads, F.mT).view_as(pairs)
+    d_pairs[:, 0].diagonal(dim1=1, dim2=2).zero_()
+    if gates:
+        d_between = (d_pairs[:, 0] * pairs[:, 0]).addcmul_(d_pairs[:, 1], pairs[:, 1])
+        d_whole = vecdot(starts.flatten(1), d_ends.flatten(1)) * decay.whole.flatten()
+        d_g = gradient_of_gates(d_between, vecdot(x, d_x).sum(1), vecdot(y, d_y), d_whole)
+    d_pairs = d_pairs.mul_(decay.between[:, None]).flatten(1, 2)
+    d_x.flatten(1, 2).baddbmm_(d_pairs, y)
+    d_y.baddbmm_(d_pairs.mT, x.flatten(1, 2))
+    return d_x[:, 1], d_x[:, 0].addcmul_(d_y, beta), d_v, vecdot(k, d_y), *([d_g] if gates else [])
+
+
 class DeltaScan(torch.autograd.Function):
     """See `delta_scan`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        S: Tensor,
-        places: Places,
-        groups: list[list[int]],
-        scale: float,
-        keep: bool,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, S: Tensor, cut: Cut, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.places, ctx.groups, ctx.scale = places, groups, scale
+        places, groups, scale = ctx.cut = cut
         S, output = S.clone(), places.room(v)
-        kept: list[Tensor] = []
-        for rows, counts in spans(groups):
-            q_, k_, v_, g_, beta_ = (places.take(x, rows) for x in (q, k, v, g, beta))
-            decay, y = Decay.of(g_), k_ * beta_[..., None]
-            pairs_q = torch.bmm(q_, y.mT).mul_(decay.between)
-            pairs_k = torch.bmm(k_, y.mT).mul_(decay.between)
-            inverse = invert(pairs_k)
-
-            starts, F = S.new_empty(len(y), *S.shape[1:]), torch.empty_like(v_)
-            columns = starts, F, decay.whole, k_ * decay.since, v_, inverse, (y * decay.until).mT
-            for start, f, whole, k_t, v_t, inverse_t, y_t in steps(columns, counts):
-                alive = S[: len(f)]
-                start.copy_(alive)
-                torch.bmm(inverse_t, torch.baddbmm(v_t, k_t, start, alpha=-1), out=f)
-                alive.mul_(whole).baddbmm_(y_t, f)
-
-            inside = torch.bmm(pairs_q, F)
-            places.put(inside.baddbmm_(q_ * decay.since, starts, beta=scale, alpha=scale), rows, output)
-            if keep:
-                kept += [decay.between, decay.since, pairs_q, pairs_k, inverse, starts, F]
-        ctx.save_for_backward(q, k, g, beta, *kept)
+        decay, beta = Decay.of(places.take(g)), places.take(beta)[..., None]
+        C, sizes = places.there.shape[1], [sum(counts) for counts in groups]
+        rooms = Kept.rooms(S, C, sizes if keep else [max(sizes)])
+        for n, (rows, counts) in enumerate(spans(groups)):
+            kept = rooms[n] if keep else Kept(*(room[: sizes[n]] for room in rooms[0]))
+            places.take(k, rows, kept.x[:, 0])
+            places.take(q, rows, kept.x[:, 1])
+            alive = S[: counts[0]]
+            read = forward_chunks(kept, places.take(v, rows), decay.rows(rows), beta[rows], alive, counts, scale)
+            places.put(read, rows, output)
+        if keep:
+            ctx.save_for_backward(beta, *decay, *(tensor for kept in rooms for tensor in kept))
         # a view would forbid callers to change the output in place
         return output[: len(v)].clone() if places.gaps else output, S
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_output: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        places, groups = ctx.places, ctx.groups
-        q, k, g, beta, *kept = ctx.saved_tensors
-        d_S = d_final.clone()
-        grads = [places.room(x) for x in (q, k, d_output, g, beta)]
-        for n, (rows, counts) in reversed(list(enumerate(spans(groups)))):
-            between, since, pairs_q, pairs_k, inverse, starts, F = kept[7 * n : 7 * n + 7]
-            q_, k_, beta_, d_o = (places.take(x, rows) for x in (q, k, beta, d_output))
-            decay, y = Decay(between, since), k_ * beta_[..., None]
-            d_o.mul_(ctx.scale)
-
-            # what a state is read for in its own chunk, then what comes back to it from the next
-            d_F, d_read = torch.bmm(pairs_q.mT, d_o), d_o * since
-            d_starts = torch.bmm(q_.mT, d_read)
-            d_ends, d_v = torch.empty_like(starts), torch.empty_like(F)
-            columns = d_starts, d_ends, d_F, d_v, decay.whole, (k_ * since).mT, inverse.mT, y * decay.until
-            for d_start, d_end, d_f, d_z, whole, k_t, inverse_t, y_t in reversed(list(steps(columns, counts))):
-                alive = d_S[: len(d_f)]
-                d_end.copy_(alive)
-                torch.bmm(inverse_t, d_f.baddbmm_(y_t, d_end), out=d_z)
-                torch.addcmul(d_start, whole, d_end, out=alive).baddbmm_(k_t, d_z, alpha=-1)
-
-            d_q = torch.bmm(d_read, starts.mT)
-            d_k = torch.bmm(d_v, starts.mT).mul_(-since)
-            d_y = torch.bmm(F, d_ends.mT).mul_(decay.until)
-            d_pairs_q = torch.bmm(d_o, F.mT)
-            d_pairs_k = torch.bmm(d_v, F.mT).tril_(-1)
-            d_g = torch.zeros_like(beta_)  # unless it is asked for
-            if ctx.needs_input_grad[3]:
-                d_between = (d_pairs_q * pairs_q).addcmul_(d_pairs_k, pairs_k, value=-1)
-                d_since = (q_ * d_q).addcmul_(k_, d_k).sum(-1)
-                d_whole = vecdot(starts.flatten(1), d_ends.flatten(1)) * decay.whole.flatten()
-                d_g = gradient_of_gates(d_between, d_since, vecdot(y, d_y), d_whole)
-            d_pairs_q.mul_(between)
-            d_pairs_k.mul_(between)
-            d_q.baddbmm_(d_pairs_q, y)
-            d_y.baddbmm_(d_pairs_q.mT, q_).baddbmm_(d_pairs_k.mT, k_, alpha=-1)
-            d_k.baddbmm_(d_pairs_k, y, alpha=-1).addcmul_(d_y, beta_[..., None])
-            for x, room in zip((d_q, d_k, d_v, d_g, vecdot(k_, d_y)), grads, strict=True):
-                places.put(x, rows, room)
-        return *(room[: len(q)] for room in grads), d_S, None, None, None, None
-
-
-def steps(columns: tuple[Tensor, ...], counts: list[int]) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of each chunk time."""
-    return zip(*(x.split(counts) for x in columns), strict=True)
-
-
-def spans(groups: list[list[int]]) -> list[tuple[slice, list[int]]]:
-    """Each group with the range of its rows."""
-    ends = [0, *accumulate(map(sum, groups))]
-    return [(slice(*span), counts) for span, counts in zip(pairwise(ends), groups, strict=True)]
+        places, groups, scale = ctx.cut
+        beta, *saved = ctx.saved_tensors
+        decay, rooms = Decay(*saved[:4]), [Kept(*saved[i : i + 5]) for i in range(4, len(saved), 5)]
+        d_S, gates = d_final.clone(), ctx.needs_input_grad[4]
+        key, head = rooms[0].x[:, 0, 0], beta[:, 0, 0]
+        grads = [places.room(like) for like in (key, key, d_output, head, *([head] if gates else []))]
+        for (rows, counts), kept in reversed(list(zip(spans(groups), rooms, strict=True))):
+            d_reads = d_output.new_empty(*kept.x.shape[:3], d_output.shape[1])
+            places.take(d_output, rows, d_reads[:, 1]).mul_(scale)
+            alive = d_S[: counts[0]]
+            found = backward_chunks(kept, d_reads, decay.rows(rows), beta[rows], alive, counts, gates)
+            for grad, room in zip(found, grads, strict=True):
+                places.put(grad, rows, room)
+        d_q, d_k, d_v, d_beta, *d_g = (room[: len(places.back)] for room in grads)
+        return d_q, d_k, d_v, d_beta, *(d_g or [None]), d_S, None, None
 
 
 def delta_scan(x: Inputs, S: Tensor, places: Places, groups: list[list[int]], scale: float) -> tuple[Tensor, Tensor]:
@@ -166,7 +190,7 @@ def delta_scan(x: Inputs, S: Tensor, places: Places, groups: list[list[int]], sc
     """
     beta = x["beta"]
     g = x.get("g", torch.zeros_like(beta))
-    rows = [tensor.flatten(0, 1) for tensor in (x["q"], x["k"], x["v"], g, beta)]
+    rows = [tensor.flatten(0, 1) for tensor in (x["q"], x["k"], x["v"], beta, g)]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*rows, S))
-    output, final = DeltaScan.apply(*rows, S, places, groups, scale, keep)  # type: ignore[no-untyped-call]
+    output, final = DeltaScan.apply(*rows, S, (places, groups, scale), keep)  # type: ignore[no-untyped-call]
     return output.view(x["v"].shape), final
