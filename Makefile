@@ -3,7 +3,7 @@ BIN := .venv/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2 --durations=20
 
-.PHONY: install demo test test-full test-kernels lint plugin bench clean
+.PHONY: install demo test test-full test-kernels test-gpu lint plugin bench clean
 
 install: .venv/installed
 
@@ -25,6 +25,10 @@ test-full: install lint plugin test-kernels
 # triton decides when it is imported whether it interprets kernels, so these have a process of their own
 test-kernels: install
 	TRITON_INTERPRET=1 MOMKIT_PROFILE=interpret $(PYTEST) tests/kernels
+
+# on a machine with a CUDA GPU; most of the time goes into compiling kernels for many shapes, one process a core
+test-gpu: install
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto -m gpu --durations=20 tests/gpu tests/test_decode.py
 
 lint: install
 	$(BIN)/ruff check .

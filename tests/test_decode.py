@@ -489,6 +489,7 @@ def test_sizes_on_a_gpu(name, rows, keys, values, dtype):
 
 @pytest.mark.gpu
 @on_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["gated_deltanet", "rwkv7"])
 def test_decoding_never_synchronises(name, backend):
@@ -530,6 +531,8 @@ def test_a_captured_step_serves_new_data_and_padding(backend):
 
 @pytest.mark.gpu
 @on_gpu
+# what inductor warns of is about kernels that are not ours
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_compiled_on_a_gpu(backend):
     rule = as_mechanism("gated_deltanet")

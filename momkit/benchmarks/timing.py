@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 # more than the L2 cache of any GPU; written often enough to keep a GPU busy while the host launches a call
-FLUSH_BYTES, FLUSHES = 256_000_000, 8
+FLUSH_BYTES, FLUSHES = 256_000_000, 32
 
 
 @dataclass(frozen=True)
