@@ -6,7 +6,7 @@ does to any state, a chain over pieces gives each its start, and the scan proper
 The backward pass keeps the inverses; it takes some heads at a time, and finds their states again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from momkit.kernels.delta_backward import scan_pieces_back
 from momkit.kernels.delta_chain import chain_pieces
 from momkit.kernels.delta_forward import scan_pieces
 from momkit.kernels.delta_gradients import chunk_gradients
-from momkit.kernels.delta_inverse import chunk_inverse
+from momkit.kernels.delta_inverse import chunk_pairs
 from momkit.kernels.gates import gate_parts, gate_sums
 from momkit.kernels.launch import cdiv, compiled_together, launch
 from momkit.kernels.layout import Pieces
@@ -29,13 +29,16 @@ WORKSPACE = 384 << 20
 
 
 class Found(NamedTuple):
-    """What the forward pass finds and the backward pass needs again: chunks of segments (see `Pieces`), sums of gates
-    (empty without gates), and `[T, H, C]` the inverse of each chunk's system."""
+    """What the forward pass finds and the backward pass needs again: chunks of segments (see `Pieces`), beta `[H, T]`
+    float32, sums of gates (empty without gates), and of each chunk `[T, H, C]` the inverse of its system and what
+    queries read of keys, see `chunk_pairs`."""
 
     table: Tensor
     first: Tensor
+    beta: Tensor
     sums: Tensor
     inverse: Tensor
+    reads: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Call:
     chunks: Pieces
     sums: Tensor | None
     inverse: Tensor
+    reads: Tensor
 
     @staticmethod
     def of(
@@ -60,28 +64,30 @@ class Call:
     ) -> "Call":  # fmt: skip
         q, k, v = (tensor.contiguous() for tensor in (q, k, v))
         (T, H, _), C = v.shape, chunk_size(v.dtype)
+        if found is not None:
+            chunks, sums = Pieces(found.table, len(cu_seqlens) - 1, found.first), None if g is None else found.sums
+            return Call(q, k, v, found.beta, cu_seqlens, scale, chunks, sums, found.inverse, found.reads)
         # a head's tokens side by side, as sums of gates are: 2-byte scalars H apart cannot be copied ahead
         beta = beta.new_empty((H, T), dtype=torch.float32).copy_(beta.t())
-        if found is not None:
-            chunks = Pieces(found.table, len(cu_seqlens) - 1, found.first)
-            return Call(q, k, v, beta, cu_seqlens, scale, chunks, None if g is None else found.sums, found.inverse)
         chunks = Pieces.of(cu_seqlens, T, C)
-        sums = None if g is None else gate_sums(g, chunks, T, H, C, v.dtype)
-        call = Call(q, k, v, beta, cu_seqlens, scale, chunks, sums, v.new_empty(T, H, C))
+        sums = None if g is None else gate_sums(g, chunks, C, T, H, C, v.dtype)
+        inverse, reads = (v.new_empty(T, H, C) for _ in range(2))
+        call = Call(q, k, v, beta, cu_seqlens, scale, chunks, sums, inverse, reads)
         G, K = k.shape[1:]
         settings = config("delta_inverse", v.dtype, K, K, v.device)
-        launch(
-            chunk_inverse, chunks.count * H, (k, beta, sums, call.inverse, chunks.table),
-            (T, chunks.segments, chunks.count), H, G, K, C, settings.block, *call.kind,
-            num_warps=settings.num_warps, num_stages=settings.num_stages,
-        )  # fmt: skip
+        for x, out in ((k, inverse), (q, reads)):
+            launch(
+                chunk_pairs, chunks.count * H, (x, k, beta, sums, out, chunks.table),
+                (T, chunks.segments, chunks.count), H, G, K, C, settings.block, x is k, *call.kind,
+                num_warps=settings.num_warps, num_stages=settings.num_stages,
+            )  # fmt: skip
         return call
 
     @property
     def found(self) -> Found:
         sums = self.v.new_empty(0) if self.sums is None else self.sums
         assert self.chunks.first is not None
-        return Found(self.chunks.table, self.chunks.first, sums, self.inverse)
+        return Found(self.chunks.table, self.chunks.first, self.beta, sums, self.inverse, self.reads)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -102,16 +108,16 @@ class Scan:
     """Some heads of a call: pieces of segments, of `length` tokens at most."""
 
     call: Call
-    first_head: int
     heads: int
     length: int
     pieces: Pieces
+    first_head: int = 0
 
     @staticmethod
-    def of(call: Call, first_head: int, heads: int) -> "Scan":
+    def of(call: Call, heads: int) -> "Scan":
         T, _, _, K, V = call.sizes
         length = piece_length(T, heads, K, V, call.v.dtype, call.v.device)
-        return Scan(call, first_head, heads, length, Pieces.of(call.cu_seqlens, T, length))
+        return Scan(call, heads, length, Pieces.of(call.cu_seqlens, T, length))
 
     @property
     def most_split(self) -> int:
@@ -119,7 +125,7 @@ class Scan:
 
     def scan(
         self,
-        initial_state: Tensor,
+        initial_state: Tensor | None,
         starts: Tensor | None,
         *,
         output: Tensor | None = None,
@@ -135,36 +141,38 @@ class Scan:
         tiles = cdiv(V, settings.block) + (cdiv(K, settings.block) if link else 0)
         launch(
             scan_pieces, (self.most_split if link else self.pieces.count) * self.heads * tiles,
-            (call.q, call.k, call.v, call.beta, call.inverse, call.sums, initial_state, starts, moves, output,
-             final_state, states, errors, call.cu_seqlens, self.pieces.table, call.chunks.first),
+            (call.q, call.k, call.v, call.beta, call.inverse, call.reads, call.sums, initial_state, starts, moves,
+             output, final_state, states, errors, call.cu_seqlens, self.pieces.table, call.chunks.first),
             (T, self.pieces.segments, self.pieces.count, self.first_head, call.scale),
             H, self.heads, G, K, V, call.inverse.shape[2], padded(K), settings.block,
-            starts is not None and not link, output is not None, states is not None, link, *call.kind,
+            initial_state is not None, starts is not None and not link, output is not None, states is not None, link,
+            *call.kind,
             num_warps=settings.num_warps, num_stages=settings.num_stages,
         )  # fmt: skip
 
     def scan_back(
         self,
         d_output: Tensor,
-        d_final: Tensor,
+        d_final: Tensor | None,
         ends: Tensor | None,
         *,
         dv: Tensor | None = None,
         d_initial: Tensor | None = None,
         d_states: Tensor | None = None,
     ) -> None:
-        """Launch `scan_pieces_back` for dv, d_initial and d_states, or, without them, for ends."""
+        """Launch `scan_pieces_back` for dv, d_states and, if wanted, d_initial, or, without them, for ends."""
         call, link = self.call, d_states is None
         T, H, G, K, V = call.sizes
         settings = call.settings("delta_scan_backward")
         places = self.most_split if link else self.pieces.count
         launch(
             scan_pieces_back, places * self.heads * cdiv(V, settings.block),
-            (call.q, call.k, call.beta, call.inverse, call.sums, d_output, d_final, ends, dv, d_initial, d_states,
-             call.cu_seqlens, self.pieces.table, call.chunks.first),
+            (call.q, call.k, call.beta, call.inverse, call.reads, call.sums, d_output, d_final, ends, dv, d_initial,
+             d_states, call.cu_seqlens, self.pieces.table, call.chunks.first),
             (T, self.pieces.segments, self.pieces.count, self.first_head, call.scale),
             H, self.heads, G, K, V, call.inverse.shape[2], padded(K), settings.block,
-            ends is not None and not link, link, *call.kind,
+            d_final is not None, ends is not None and not link, d_initial is not None, link,
+            *call.kind,
             num_warps=settings.num_warps, num_stages=settings.num_stages,
         )  # fmt: skip
 
@@ -180,23 +188,23 @@ class Scan:
             num_warps=settings.num_warps, num_stages=settings.num_stages,
         )  # fmt: skip
 
-    def starts(self, initial_state: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def starts(self, initial_state: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """`[places, heads, K, V]`: states that pieces but a segment's first start from; moves `[places, heads, K, K]`:
         what pieces between two others do to a state. None where no segment can be split."""
         if not self.most_split:
             return None, None
-        K, V = initial_state.shape[2:]
-        starts = initial_state.new_empty(self.most_split, self.heads, K, V)
-        moves = initial_state.new_empty(self.most_split, self.heads, K, K)
+        K, V = self.call.sizes[3:]
+        starts = self.call.beta.new_empty(self.most_split, self.heads, K, V)
+        moves = starts.new_empty(self.most_split, self.heads, K, K)
         self.scan(initial_state, starts, moves=moves)
         self.chain(moves, starts)
         return starts, moves
 
-    def ends(self, d_output: Tensor, d_final: Tensor, moves: Tensor | None) -> Tensor | None:
+    def ends(self, d_output: Tensor, d_final: Tensor | None, moves: Tensor | None) -> Tensor | None:
         """`[places, heads, K, V]`: gradients of the states that pieces but a segment's last end with."""
         if moves is None:
             return None
-        ends = d_final.new_empty(self.most_split, self.heads, *d_final.shape[2:])
+        ends = moves.new_empty(self.most_split, self.heads, *self.call.sizes[3:])
         self.scan_back(d_output, d_final, ends)
         self.chain(moves, ends, reverse=True)
         return ends
@@ -207,15 +215,15 @@ class Scan:
     ) -> None:  # fmt: skip
         """Launch `chunk_gradients`."""
         call = self.call
-        T, H, G, K, V = call.sizes
+        (T, H, G, K, V), C = call.sizes, call.inverse.shape[2]
         settings = call.settings("delta_gradients")
         launch(
             chunk_gradients, call.chunks.count * self.heads,
             (call.q, call.k, call.beta, call.sums, states, d_states, d_output, dv, errors, dq, dk, dg, dbeta,
              call.chunks.table),
             (T, call.chunks.segments, call.chunks.count, self.first_head, call.scale),
-            H, self.heads, G, K, V, call.inverse.shape[2], min(settings.block, padded(K)),
-            min(settings.block, padded(V)), *call.kind,
+            H, self.heads, G, K, V, C, min(settings.block, C, padded(K)), settings.block,
+            settings.num_stages == 1, *call.kind,
             num_warps=settings.num_warps, num_stages=settings.num_stages,
         )  # fmt: skip
 
@@ -226,9 +234,10 @@ def chunk_size(dtype: torch.dtype) -> int:
 
 
 def piece_length(T: int, heads: int, K: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens a piece: such that T tokens in one segment give each multiprocessor some two programs."""
-    tiles = cdiv(V, config("delta_scan", dtype, K, V, device).block)
-    wanted = T * heads * tiles // (2 * multiprocessors(device))
+    """Tokens a piece, a power of two: as many as keep the GPU busy, since split segments are gone through twice. One
+    sequence of T tokens gives each multiprocessor two programs, or one if its state takes most registers of two."""
+    programs = multiprocessors(device) * (2 if K <= 128 else 1)
+    wanted = T * heads * cdiv(V, config("delta_scan", dtype, K, V, device).block) // programs
     return max(SHORTEST_PIECE, 1 << max(0, wanted - 1).bit_length())
 
 
@@ -245,9 +254,6 @@ def delta_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan packed segments: q, k `[T, G, K]`, v `[T, H, V]` of one dtype, g `[T, H]` or `[H]` float32, beta `[T, H]`,
     initial_state `[N, H, K, V]` float32, None for zeros -> output `[T, H, V]`, final state `[N, H, K, V]` float32."""
-    if initial_state is None:
-        shape = len(cu_seqlens) - 1, v.shape[1], k.shape[2], v.shape[2]
-        initial_state = torch.zeros(shape, dtype=torch.float32, device=v.device)
     output, final_state, *_ = forward(q, k, v, g, beta, cu_seqlens, initial_state, scale)
     return output, final_state
 
@@ -255,19 +261,15 @@ def delta_scan(
 @torch.library.custom_op("momkit::delta_scan", mutates_args=())
 @compiled_together
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    cu_seqlens: Tensor,
-    initial_state: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
+    initial_state: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output and final state, and what the backward pass needs (`Found`)."""
-    call, initial_state = Call.of(q, k, v, g, beta, cu_seqlens, scale), initial_state.contiguous()
-    output, final_state = torch.empty_like(call.v), torch.empty_like(initial_state)
-    scan = Scan.of(call, 0, v.shape[1])
+    call = Call.of(q, k, v, g, beta, cu_seqlens, scale)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    _, H, _, K, V = call.sizes
+    output, final_state = torch.empty_like(call.v), call.beta.new_empty(call.chunks.segments, H, K, V)
+    scan = Scan.of(call, H)
     starts, _ = scan.starts(initial_state)
     scan.scan(initial_state, starts, output=output, final_state=final_state)
     return output, final_state, *call.found
@@ -275,55 +277,41 @@ def forward(
 
 @forward.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    cu_seqlens: Tensor,
-    initial_state: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
+    initial_state: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (T, H, V), K = v.shape, k.shape[2]
+    output, final_state = v.new_empty(v.shape), v.new_empty((len(cu_seqlens) - 1, H, K, V), dtype=torch.float32)
     table = cu_seqlens.new_empty((4, torch.library.get_ctx().new_dynamic_size()), dtype=torch.int32)
-    T, H = v.shape[:2]
-    sums = v.new_empty(0) if g is None else initial_state.new_empty((gate_parts(v.dtype), H, T))
-    inverse = v.new_empty((T, H, chunk_size(v.dtype)))
     first = cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
-    return v.new_empty(v.shape), initial_state.new_empty(initial_state.shape), table, first, sums, inverse
+    sums = v.new_empty(0) if g is None else final_state.new_empty((gate_parts(v.dtype), H, T))
+    inverse, reads = (v.new_empty((T, H, chunk_size(v.dtype))) for _ in range(2))
+    return output, final_state, table, first, final_state.new_empty((H, T)), sums, inverse, reads
 
 
 @torch.library.custom_op("momkit::delta_scan_backward", mutates_args=())
 @compiled_together
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    cu_seqlens: Tensor,
-    initial_state: Tensor,
-    table: Tensor,
-    first: Tensor,
-    sums: Tensor,
-    inverse: Tensor,
-    d_output: Tensor,
-    d_final: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, of each token's gate `[T, H]` (empty without gates), of beta, of the initial state."""
-    call = Call.of(q, k, v, g, beta, cu_seqlens, scale, Found(table, first, sums, inverse))
-    initial_state, d_output, d_final = initial_state.contiguous(), d_output.contiguous(), d_final.contiguous()
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
+    initial_state: Tensor | None, table: Tensor, first: Tensor, strength: Tensor, sums: Tensor, inverse: Tensor,
+    reads: Tensor, d_output: Tensor, d_final: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, of each token's gate `[T, H]` (empty without gates), of beta, of the initial state (empty
+    if there is none)."""
+    call = Call.of(q, k, v, g, beta, cu_seqlens, scale, Found(table, first, strength, sums, inverse, reads))
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    d_output, d_final = d_output.contiguous(), None if d_final is None else d_final.contiguous()
     T, H, G, K, V = call.sizes
-    N = call.chunks.segments
-    dv, d_initial = torch.empty_like(call.v), torch.empty_like(initial_state)
+    dv, d_initial = torch.empty_like(call.v), None if initial_state is None else torch.empty_like(initial_state)
     # a group's heads are summed in one place and order, from float32
     dq = call.k.new_empty((T, H, K), dtype=k.dtype if G == H else torch.float32)
     dk = torch.empty_like(dq)
-    dbeta = initial_state.new_empty(T, H)
+    dbeta = strength.new_empty(T, H)
     dg = None if g is None else torch.empty_like(dbeta)
-    heads = heads_at_a_time(T, N, H, K, V, v.dtype)
+    heads = heads_at_a_time(T, call.chunks.segments, H, K, V, v.dtype)
+    some = Scan.of(call, heads)
     for first_head in range(0, H, heads):
-        scan = Scan.of(call, first_head, heads)
+        scan = replace(some, first_head=first_head)
         starts, moves = scan.starts(initial_state)
         states, errors = v.new_empty(call.chunks.count, heads, K, V), v.new_empty(T, heads, V)
         scan.scan(initial_state, starts, states=states, errors=errors)
@@ -335,30 +323,19 @@ def backward(
         scan.scan_back(d_output, d_final, ends, dv=dv, d_initial=d_initial, d_states=d_states)
         scan.gradients(d_output, dv, states, d_states, errors, dq, dk, dg, dbeta)
         del scan, states, errors, ends, d_states
-    empty = initial_state.new_empty(0)
-    return sum_groups(dq, q), sum_groups(dk, k), dv, empty if dg is None else dg, dbeta.to(beta.dtype), d_initial
+    dg, d_initial = (dbeta.new_empty(0) if x is None else x for x in (dg, d_initial))
+    return sum_groups(dq, q), sum_groups(dk, k), dv, dg, dbeta.to(beta.dtype), d_initial
 
 
 @backward.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    cu_seqlens: Tensor,
-    initial_state: Tensor,
-    table: Tensor,
-    first: Tensor,
-    sums: Tensor,
-    inverse: Tensor,
-    d_output: Tensor,
-    d_final: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dg = initial_state.new_empty(0 if g is None else v.shape[:2])
-    d_tokens = (x.new_empty(x.shape) for x in (q, k, v))
-    return *d_tokens, dg, beta.new_empty(beta.shape), initial_state.new_empty(initial_state.shape)
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
+    initial_state: Tensor | None, table: Tensor, first: Tensor, strength: Tensor, sums: Tensor, inverse: Tensor,
+    reads: Tensor, d_output: Tensor, d_final: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dg = strength.new_empty(0 if g is None else v.shape[:2])
+    d_initial = strength.new_empty(0 if initial_state is None else initial_state.shape)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dg, beta.new_empty(beta.shape), d_initial
 
 
 def setup_context(ctx, inputs, output):
@@ -371,14 +348,12 @@ def differentiate(ctx, d_output, d_final, *_):
     q, k, v, g, beta, cu_seqlens, initial_state, *found = ctx.saved_tensors
     if d_output is None:
         d_output = torch.zeros_like(v)
-    if d_final is None:
-        d_final = torch.zeros_like(initial_state)
     dq, dk, dv, dg, dbeta, d_initial = backward(
         q, k, v, g, beta, cu_seqlens, initial_state, *found, d_output, d_final, ctx.scale
     )
     if g is not None and g.ndim == 1:
         dg = dg.sum(0)
-    return dq, dk, dv, None if g is None else dg, dbeta, None, d_initial, None
+    return dq, dk, dv, None if g is None else dg, dbeta, None, None if initial_state is None else d_initial, None
 
 
 forward.register_autograd(differentiate, setup_context=setup_context)

@@ -8,23 +8,24 @@ With the letters of `delta_forward` and D at the chunk's end, dO scaled:
 import triton
 import triton.language as tl
 
-from momkit.kernels.gates import load_decay, pair_decay, pair_mask
+from momkit.kernels.gates import load_decay
 from momkit.kernels.layout import piece_of
 from momkit.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["T", "N", "count", "first_head", "scale"])
 def scan_pieces_back(
-    q, k, beta, inverse, sums, d_output, d_final, ends, dv, d_initial, d_states,
+    q, k, beta, inverse, reads, sums, d_output, d_final, ends, dv, d_initial, d_states,
     cu_seqlens, table, chunk_first, T, N, count, first_head, scale,
     H: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, LINK: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, FINAL: tl.constexpr, SPLIT: tl.constexpr, START: tl.constexpr,
+    LINK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One piece of one head, BLOCK columns of the gradient of its state.
 
-    Starts from d_final `[N, H, K, V]`, SPLIT: a piece that another follows from ends `[pieces, HEADS, K, V]`.
-    Writes dv `[T, H, V]`, d_initial `[N, H, K, V]` and d_states `[chunks, HEADS, K, V]`, those at each chunk's end.
+    A segment's last piece starts from d_final `[N, H, K, V]`, without FINAL from zeros; SPLIT: others from ends
+    `[pieces, HEADS, K, V]`. Writes dv `[T, H, V]`, d_states `[chunks, HEADS, K, V]`, those at each chunk's end, and,
+    START, d_initial `[N, H, K, V]`.
     LINK: pieces but a segment's first, from zeros where another follows, write where they arrive to `ends`, only that.
     """
     TILES: tl.constexpr = (V + BLOCK - 1) // BLOCK
@@ -60,15 +61,13 @@ def scan_pieces_back(
     state_tile = row[:, None] * V + column[None, :]
     whole_state = (segment.to(tl.int64) * H + full_head) * (K * V)
     piece_state = (place.to(tl.int64) * HEADS + head) * (K * V)
-    source = d_final + whole_state
     segment_begin = tl.load(cu_seqlens + segment).to(tl.int32)
     follows = end < tl.load(cu_seqlens + segment + 1).to(tl.int32)
-    if SPLIT and not LINK:
-        if follows:
-            source = ends + piece_state
-    D = tl.load(source + state_tile, mask=state_inside, other=0.0)
-    if LINK:
-        D = tl.where(follows, 0.0, D)
+    D = tl.zeros([ROWS, BLOCK], tl.float32)
+    if FINAL:
+        D += tl.load(d_final + whole_state + state_tile, mask=state_inside & (follows == 0), other=0.0)
+    if SPLIT:
+        D += tl.load(ends + piece_state + state_tile, mask=state_inside & follows, other=0.0)
 
     keys = at * (G * K) + full_head // (H // G) * K
     q += keys
@@ -76,6 +75,7 @@ def scan_pieces_back(
     d_output += values
     beta += full_head.to(tl.int64) * T + at
     inverse += (at * H + full_head) * C
+    reads += (at * H + full_head) * C
     if PARTS:
         sums += full_head.to(tl.int64) * T + at
         plane = tl.cast(T, tl.int64) * H
@@ -83,33 +83,34 @@ def scan_pieces_back(
         chunk = tl.load(chunk_first + segment) + (begin - segment_begin) // C + chunks - 1
         d_states += (chunk.to(tl.int64) * HEADS + head) * (K * V)
 
+    # held in registers from one chunk to the next: ahead of time, yet without a second place in shared memory
+    pairs = load_tile(reads, token, token < tl.minimum(length, length - (chunks - 1) * C), token, H * C, C, True)
+    reads -= C * H * C
     for turn in range(0, chunks):
         live = tl.minimum(C, length - (chunks - 1 - turn) * C)
         seen = token < live
         xq = load_tile(q, token, seen, row, G * K, K, K == ROWS)
         xk = load_tile(k, token, seen, row, G * K, K, K == ROWS)
         do = load_tile(d_output, token, seen, column, H * V, V, V % BLOCK == 0)
-        solve = load_tile(inverse, token, seen, token, H * C, C, True)
         strength = tl.load(beta + token, mask=seen, other=0.0)
         if PARTS:
-            high, low, to_end, whole = load_decay(sums, plane, token, seen, live - 1, PARTS == 2)
+            high, _, to_end, whole = load_decay(sums, plane, token, seen, live - 1, PARTS == 2)
             from_start, to_end, whole = tl.exp2(high), tl.exp2(to_end), tl.exp2(whole)
             sums -= C
+        # what needs q comes before the system is solved: fewer tiles are held at a time
         narrow = D.to(xk.dtype)
         if not LINK:
             tl.store(d_states + state_tile, narrow, mask=state_inside)
             d_states -= HEADS * K * V
-        pairs = tl.dot(xk, tl.trans(xq), input_precision=PRECISION) * scale
         written = tl.dot(xk, narrow, input_precision=PRECISION)
         read = do.to(tl.float32) * scale
         if PARTS:
-            pairs *= pair_decay(high, low, True, False, PARTS == 2)
             written *= to_end[:, None]
             read *= from_start[:, None]
             D *= whole
-        else:
-            pairs *= pair_mask(C, True, False)
-        written += tl.dot(pairs.to(do.dtype), do, input_precision=PRECISION)
+        D += tl.dot(tl.trans(xq), read.to(do.dtype), input_precision=PRECISION)
+        written += tl.dot(tl.trans(pairs), do, input_precision=PRECISION) * scale
+        solve = load_tile(inverse, token, seen, token, H * C, C, True)
         wrong = (written * strength[:, None]).to(do.dtype)
         wanted = tl.dot(tl.trans(solve), wrong, input_precision=PRECISION)
         if not LINK:
@@ -117,14 +118,16 @@ def scan_pieces_back(
             dv -= C * H * V
         if PARTS:
             wanted *= from_start[:, None]
-        D += tl.dot(tl.trans(xq), read.to(do.dtype), input_precision=PRECISION)
         D += tl.dot(tl.trans(xk), (-wanted).to(do.dtype), input_precision=PRECISION)
         q -= C * G * K
         k -= C * G * K
         d_output -= C * H * V
         beta -= C
         inverse -= C * H * C
+        pairs = load_tile(reads, token, token < tl.where(turn < chunks - 1, C, 0), token, H * C, C, True)
+        reads -= C * H * C
     if LINK:
         tl.store(ends + piece_state + state_tile, D, mask=state_inside)
-    elif index == 0:
-        tl.store(d_initial + whole_state + state_tile, D, mask=state_inside)
+    elif START:
+        if index == 0:
+            tl.store(d_initial + whole_state + state_tile, D, mask=state_inside)

@@ -1,4 +1,4 @@
-"""Delta rules, what every chunk can do alone at first: the inverse of its triangular system.
+"""Delta rules, what every chunk can do alone at first: the inverse of its triangular system, and what queries read.
 
 Inside a chunk, what tokens write depends on what earlier tokens wrote. With P_ij = (k_i . k_j) decayed from j to i for
 j < i, and W_i = v_i - what k_i reads from the state at the chunk's start, the errors E_i = v_i - what k_i reads solve
@@ -13,16 +13,20 @@ import triton.language as tl
 
 from momkit.kernels.gates import load_decay, pair_decay, pair_mask
 from momkit.kernels.layout import piece_of
+from momkit.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["T", "N", "count"])
-def chunk_inverse(
-    k, beta, sums, inverse, table, T, N, count,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+def chunk_pairs(
+    x, k, beta, sums, out, table, T, N, count,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """k `[T, G, K]`, beta `[H, T]` float32, sums `[PARTS, H, T]` of gates -> inverse `[T, H, C]`, a token's row of
-    (I + P diag(beta))^-1. PARTS = 0: no gates."""
+    """x, k `[T, G, K]` -> out `[T, H, C]`, a token's row of Q: x_i . k_j, decayed from j to i, for j <= i.
+
+    INVERSE, for x = k: its row of (I + P diag(beta))^-1 instead. beta `[H, T]` float32, sums `[PARTS, H, T]` of gates;
+    PARTS = 0: no gates.
+    """
     program = tl.program_id(0)
     head = program % H
     segment, begin, end, _ = piece_of(table, count, program // H)
@@ -32,28 +36,31 @@ def chunk_inverse(
     column = tl.arange(0, BLOCK)
     seen = token < end - begin
     row = begin.to(tl.int64)
-    inverse += (row * H + head) * C
-    place = inverse + token[:, None] * (H * C) + tl.arange(0, C)[None, :]
+    out += (row * H + head) * C
     if segment == N:
-        tl.store(place, tl.zeros([C, C], inverse.dtype.element_ty), mask=seen[:, None])
+        store_tile(out, tl.zeros([C, C], tl.float32), token, seen, token, H * C, C, True)
         return
+    x += row * (G * K) + head // (H // G) * K
     k += row * (G * K) + head // (H // G) * K
 
-    keys = tl.zeros([C, C], tl.float32)
-    for first in range(0, K, BLOCK):
-        inside = seen[:, None] & (first + column < K)[None, :]
-        xk = tl.load(k + token[:, None] * (G * K) + (first + column)[None, :], mask=inside, other=0.0)
-        keys += tl.dot(xk, tl.trans(xk), input_precision=PRECISION)
+    if INVERSE:
+        strength = tl.load(beta + head.to(tl.int64) * T + begin + token, mask=seen, other=0.0)
     if PARTS:
         sums += head.to(tl.int64) * T + begin
         plane = tl.cast(T, tl.int64) * H
         high, low, _, _ = load_decay(sums, plane, token, seen, end - begin - 1, PARTS == 2)
-        decay = pair_decay(high, low, False, True, PARTS == 2)
-    else:
-        decay = pair_mask(C, False, True)
-    strength = tl.load(beta + head.to(tl.int64) * T + begin + token, mask=seen, other=0.0)
-    solved = unit_lower_inverse(keys * decay * strength[None, :], PRECISION)
-    tl.store(place, solved.to(inverse.dtype.element_ty), mask=seen[:, None])
+    pairs = tl.zeros([C, C], tl.float32)
+    for first in range(0, K, BLOCK):
+        xk = load_tile(k, token, seen, first + column, G * K, K, K % BLOCK == 0)
+        if INVERSE:
+            pairs += tl.dot(xk, tl.trans(xk), input_precision=PRECISION)
+        else:
+            xx = load_tile(x, token, seen, first + column, G * K, K, K % BLOCK == 0)
+            pairs += tl.dot(xx, tl.trans(xk), input_precision=PRECISION)
+    pairs *= pair_decay(high, low, False, INVERSE, PARTS == 2) if PARTS else pair_mask(C, False, INVERSE)
+    if INVERSE:
+        pairs = unit_lower_inverse(pairs * strength[None, :], PRECISION)
+    store_tile(out, pairs, token, seen, token, H * C, C, True)
 
 
 @triton.jit
@@ -86,4 +93,4 @@ def merge_pairs(solved, lower, row, col, SIZE: tl.constexpr, PRECISION: tl.const
     """One more doubling of the diagonal blocks, from those of SIZE."""
     between = (row // (2 * SIZE) == col // (2 * SIZE)) & (row // SIZE > col // SIZE)
     link = tl.dot(solved, tl.where(between, lower, 0.0), input_precision=PRECISION)
-    return solved - tl.dot(link, solved, input_precision=PRECISION)
+    return tl.dot(-link, solved, solved, input_precision=PRECISION)

@@ -18,8 +18,8 @@ FORGET_ALL = tl.constexpr(-1e4)
 # the same, where decays below the least float32 are zero
 FORGET_ENOUGH = tl.constexpr(-140.0)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# programs that share the chunks of a piece, and heads that one takes
-STRIDES = tl.constexpr(8)
+# programs that share the chunks of a piece, at most, and heads that one takes
+MOST_STRIDES = 16
 HEADS = tl.constexpr(16)
 
 
@@ -61,36 +61,38 @@ def gate_parts(dtype: torch.dtype) -> int:
 
 
 def gate_sums(
-    g: Tensor, pieces: Pieces, num_tokens: int, num_heads: int, chunk_size: int, dtype: torch.dtype
+    g: Tensor, pieces: Pieces, length: int, num_tokens: int, num_heads: int, chunk_size: int, dtype: torch.dtype
 ) -> Tensor:
     """`[parts, H, T]` float32: the sum of gates from the start of a token's chunk up to it, to base 2.
 
-    g: `[T, H]`, or `[H]` for every token. dtype: of the inputs. Tokens that no segment covers get 0.
+    g: `[T, H]`, or `[H]` for every token. length: of pieces, at most. dtype: of the inputs. Tokens that no segment
+    covers get 0.
     """
     parts = gate_parts(dtype)
     g = g.contiguous()
     sums = g.new_empty((parts, num_heads, num_tokens), dtype=torch.float32)
+    strides = min(MOST_STRIDES, cdiv(length, chunk_size))
     launch(
-        gate_sums_kernel, pieces.count * STRIDES.value * cdiv(num_heads, HEADS.value),
-        (g, sums, pieces.table), (pieces.count, pieces.segments, num_tokens, num_heads),
+        gate_sums_kernel, pieces.count * strides * cdiv(num_heads, HEADS.value),
+        (g, sums, pieces.table), (pieces.count, pieces.segments, num_tokens, num_heads, strides),
         g.ndim == 1, parts == 2, chunk_size,
     )  # fmt: skip
     return sums
 
 
-@triton.jit(do_not_specialize=["count", "segments", "T", "H"])
+@triton.jit(do_not_specialize=["count", "segments", "T", "H", "strides"])
 def gate_sums_kernel(
-    g, sums, table, count, segments, T, H, CONSTANT: tl.constexpr, LOW: tl.constexpr, C: tl.constexpr
+    g, sums, table, count, segments, T, H, strides, CONSTANT: tl.constexpr, LOW: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     pid = tl.program_id(0)
-    stride, place, first = pid % STRIDES, pid // STRIDES % count, pid // (STRIDES * count) * HEADS
+    stride, place, first = pid % strides, pid // strides % count, pid // (strides * count) * HEADS
     segment, begin, end, _ = piece_of(table, count, place)
     if segment < 0:
         return
     rows, heads = tl.arange(0, C), first + tl.arange(0, HEADS)
     inside = (heads < H)[None, :]
-    for i in range(tl.cdiv(tl.cdiv(end - begin, C) - stride, STRIDES)):
-        at = begin + (stride + i * STRIDES) * C
+    for i in range(tl.cdiv(tl.cdiv(end - begin, C) - stride, strides)):
+        at = begin + (stride + i * strides) * C
         live = (rows < end - at)[:, None] & inside
         spot = 0 if CONSTANT else (at.to(tl.int64) + rows)[:, None] * H
         gates = tl.load(g + spot + heads[None, :], mask=live & (segment < segments), other=0.0).to(tl.float32)

@@ -16,7 +16,8 @@ from torch import Tensor
 from momkit.errors import InputError
 from momkit.kernels.launch import cdiv, launch
 
-BLOCK = tl.constexpr(128)
+# segments or places that a program takes at once: it compares each segment with each
+BLOCK = tl.constexpr(64)
 
 
 @dataclass(frozen=True)

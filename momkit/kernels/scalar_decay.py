@@ -19,7 +19,9 @@ from momkit.kernels.tuning import config, multiprocessors, padded
 
 CHUNK_SIZE = 64
 SHORTEST_PIECE = 512
-CHAIN_BLOCK = 1024
+CHAIN_BLOCK = 4096
+# chunks over which roundings may add up in gradients of gates
+WINDOW = 4
 
 
 def scalar_scan(
@@ -45,6 +47,16 @@ class Scans:
     @property
     def most_split(self) -> int:
         return self.pieces.most_split(self.num_tokens, self.length)
+
+    @property
+    def window(self) -> int:
+        """Chunks between states that gradients of gates start from."""
+        return min(WINDOW, self.length // CHUNK_SIZE)
+
+    @property
+    def slots(self) -> int:
+        """Places for those states, see `slot_of`."""
+        return self.num_tokens // (self.window * CHUNK_SIZE) + self.pieces.segments + 1
 
     def starts(self, state: Tensor | None, y: Tensor, z: Tensor, scale: float = 1.0, reverse: bool = False) -> Tensor:
         """`[places, H, K, V]`: the state, over `scale`, that each piece but a segment's first starts from."""
@@ -72,35 +84,37 @@ class Scans:
         out: Tensor | None = None,
         last: Tensor | None = None,
         decays: Tensor | None = None,
-        terms: tuple[Tensor | None, ...] = (),
+        w: Tensor | None = None,
+        terms: Tensor | None = None,
+        held: Tensor | None = None,
+        crossings: Tensor | None = None,
         scale: float = 1.0,
         reverse: bool = False,
         transposed: bool = False,
     ) -> None:
         """Launch `scan_kernel`; without x it finds what each piece adds to the state."""
         H, K, V = self.num_heads, y.shape[-1], z.shape[-1]
-        settings = config("scalar_terms" if terms else "scalar_scan", y.dtype, K, V, y.device)
+        settings = config("scalar_scan" if w is None else "scalar_terms", y.dtype, K, V, y.device)
         places = self.most_split if x is None else self.pieces.count
-        w, gate_terms, crossings, after, final, *_ = (*terms, *[None] * 5)
         launch(
             scan_kernel, places * H * cdiv(V, settings.block),
-            (x, y, z, w, self.sums, start, starts, out, last, decays, gate_terms, crossings, after, final,
+            (x, y, z, w, self.sums, start, starts, out, last, decays, terms, held, crossings,
              self.pieces.table, self.cu_seqlens),
-            (self.pieces.count, self.pieces.segments, self.num_tokens,
-             scale),
+            (self.pieces.count, self.pieces.segments, self.num_tokens, scale),
             H, *(1 if n is None else H // n.shape[1] for n in (x, y, z, w)),
             K, V, padded(K), settings.block, CHUNK_SIZE,
             self.sums is not None, self.sums is not None and len(self.sums) == 2, reverse, transposed, x is None,
-            start is not None, last is not None, final is not None, gate_terms is not None, settings.num_stages,
+            start is not None, last is not None, 0 if w is None else self.window, settings.num_stages,
             "tf32x3" if y.dtype == torch.float32 else "tf32",
             num_warps=settings.num_warps,
         )  # fmt: skip
 
 
 def piece_length(T: int, H: int, K: int, V: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens a piece: such that T tokens in one segment give each multiprocessor some four programs."""
+    """Tokens a piece: such that T tokens in one segment give each multiprocessor the two programs that it has room
+    for."""
     tiles = cdiv(V, config("scalar_scan", dtype, K, V, device).block)
-    wanted = T * H * tiles // (4 * multiprocessors(device))
+    wanted = T * H * tiles // (2 * multiprocessors(device))
     return max(SHORTEST_PIECE, 1 << max(0, wanted - 1).bit_length())
 
 
@@ -115,7 +129,7 @@ def forward(
     (T, H, V), K = v.shape, k.shape[-1]
     length = piece_length(T, H, K, V, v.dtype, v.device)
     pieces = Pieces.of(cu_seqlens, T, length)
-    sums = None if g is None else gate_sums(g, pieces, T, H, CHUNK_SIZE, v.dtype)
+    sums = None if g is None else gate_sums(g, pieces, length, T, H, CHUNK_SIZE, v.dtype)
     scans = Scans(pieces, length, cu_seqlens, sums, T, H)
     starts = scans.starts(initial_state, k, v)
     output, final_state = torch.empty_like(v), starts.new_empty((pieces.segments, H, K, V))
@@ -167,24 +181,23 @@ def backward(
     # a group's heads are summed in one place and order, from float32
     dq = q.new_empty((T, H, K), dtype=q.dtype if q.shape[1] == H else torch.float32)
     dk = torch.empty_like(dq)
-    reads: tuple[Tensor | None, ...] = ()
-    writes: tuple[Tensor | None, ...] = ()
+    d_queries: dict[str, Tensor] = {}
+    d_keys: dict[str, Tensor] = {}
     if gates:
-        read, written = (
-            starts.new_empty((cdiv(n, config("scalar_terms", q.dtype, m, n, q.device).block), H, T))
-            for m, n in ((V, K), (K, V))
-        )
-        crossings = starts.new_empty((len(read), pieces.count, H))
-        reads, writes = (q, read, crossings, ends, d_final), (v, written)
-    scans.scan(d_output, v, k, initial_state, starts, out=dq, scale=scale, transposed=True, terms=reads)
-    scans.scan(k, q, d_output, d_final, ends, out=dv, last=d_state, scale=scale, reverse=True, terms=writes)
-    scans.scan(v, d_output, q, d_final, ends, out=dk, scale=scale, reverse=True, transposed=True)
+        parts = cdiv(K, config("scalar_terms", q.dtype, V, K, q.device).block)
+        reads, writes = (starts.new_empty((parts, H, T)) for _ in range(2))
+        held, crossings = q.new_empty((scans.slots, H, V, K)), starts.new_empty((parts, scans.slots, H))
+        d_queries = {"w": q, "terms": reads, "held": held}
+        d_keys = {"w": k, "terms": writes, "held": held, "crossings": crossings}
+    scans.scan(d_output, v, k, initial_state, starts, out=dq, scale=scale, transposed=True, **d_queries)
+    scans.scan(k, q, d_output, d_final, ends, out=dv, last=d_state, scale=scale, reverse=True)
+    scans.scan(v, d_output, q, d_final, ends, out=dk, scale=scale, reverse=True, transposed=True, **d_keys)
     dg = starts.new_empty((T, H) if gates else 0)
     if gates:
         launch(
             gate_gradient_kernel, pieces.count * H,
-            (read, written, crossings, sums, dg, pieces.table), (pieces.count, pieces.segments, T),
-            len(read), len(written), H, CHUNK_SIZE,
+            (reads, writes, crossings, sums, dg, pieces.table, cu_seqlens), (pieces.count, pieces.segments, T),
+            parts, H, CHUNK_SIZE, scans.window * CHUNK_SIZE, d_final is not None,
         )  # fmt: skip
     return sum_groups(dq, q), sum_groups(dk, k), dv, dg, starts.new_empty(0) if d_state is None else d_state
 

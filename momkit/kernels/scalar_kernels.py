@@ -16,21 +16,20 @@ from momkit.kernels.gates import load_decay, pair_decay, pair_mask
 from momkit.kernels.layout import piece_of
 from momkit.kernels.tiles import fetch_tile, load_tile
 
-# chunks that the gradient of gates takes at once
-CHUNKS = tl.constexpr(16)
+# tokens that the gradient of gates takes at once, a multiple of every window
+TOKENS = tl.constexpr(1024)
 # log2 of a decay below all rounding
 NEXT_TO_NOTHING = tl.constexpr(-30.0)
 
 
 @triton.jit(do_not_specialize=["count", "segments", "T", "scale"])
 def scan_kernel(
-    x, y, z, w, sums, start, starts, out, last, decays, terms, crossings, after, final, table, cu_seqlens,
+    x, y, z, w, sums, start, starts, out, last, decays, terms, held, crossings, table, cu_seqlens,
     count, segments, T, scale,
     H: tl.constexpr, RX: tl.constexpr, RY: tl.constexpr, RZ: tl.constexpr, RW: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, LOW: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr, ONLY_STATE: tl.constexpr,
-    START: tl.constexpr, STORE_LAST: tl.constexpr, FINAL: tl.constexpr, TERMS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    START: tl.constexpr, STORE_LAST: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x, y `[T, H/RX, K]`, z, out `[T, H, V]`, one program a (piece, head, BV columns of the state).
 
@@ -38,10 +37,9 @@ def scan_kernel(
     starts: the same for other pieces, by their place. last: `[N, H, K, V]`, where a segment's scan ends. ONLY_STATE: no
     output; from zeros, the state that each piece adds goes to `starts`, its decay to `decays` `[P, H]`.
     sums: with GATED, `[1 + LOW, H, T]`, see `gate_sums`.
-    TERMS, for gradients of gates: w `[T, H/RW, V]` is what out is the gradient of; terms `[V / BV, H, T]`, over this
-    program's columns: w . (what out has from S), and forward, for pairs of tokens inside the chunk, what i reads of j
-    times its gradient, added to i and taken from j. Forward also crossings `[V / BV, P, H]`: <S, dS> where pieces end,
-    dS from final `[N, H, K, V]` (FINAL, else zeros) where the segment ends, else from after, by the piece's place.
+    WINDOW, if not 0, for gradients of gates: terms `[V / BV, H, T]`, over this program's columns, w `[T, H/RW, V]`, of
+    which out is the gradient, times out, but for what a token reads of itself. Every WINDOW chunks S goes to held
+    `[slots, H, K, V]`, or reversed, <held, S> to crossings `[V / BV, slots, H]`, see `slot_of`.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -68,6 +66,7 @@ def scan_kernel(
     SK: tl.constexpr = 1 if TRANSPOSED else V
     SV: tl.constexpr = K if TRANSPOSED else 1
     spot = ks[:, None] * SK + cols[None, :] * SV
+    flat = ks[:, None] * V + cols[None, :]
     inside = (ks < K)[:, None] & (cols < V)[None, :]
     if ONLY_STATE:
         S = tl.zeros([BK, BV], tl.float32)
@@ -86,6 +85,10 @@ def scan_kernel(
         at = begin + step * C
         live = rows < end - at
         base = at.to(tl.int64)
+        if WINDOW > 0 and not REVERSE:
+            if step % WINDOW == 0:
+                target = held + (slot_of(at, segment, WINDOW * C).to(tl.int64) * H + h) * (K * V) + flat
+                tl.store(target, S.to(held.dtype.element_ty), mask=inside)
         # loads of the next chunk are issued when this one is done with
         ahead = tl.maximum(at - C, begin) if REVERSE else tl.minimum(at + C, end - 1)
         far, final_row = ahead.to(tl.int64), end - 1 - ahead
@@ -93,7 +96,7 @@ def scan_kernel(
         fetch_tile(z + far * (H // RZ * V) + h // RZ * V, rows, final_row, tile * BV, BV, H // RZ * V, V)
         if not ONLY_STATE:
             fetch_tile(x + far * (H // RX * K) + h // RX * K, rows, final_row, 0, BK, H // RX * K, K)
-        if TERMS:
+        if WINDOW > 0:
             fetch_tile(w + far * (H // RW * V) + h // RW * V, rows, final_row, tile * BV, BV, H // RW * V, V)
         b_y = load_tile(y + base * (H // RY * K) + h // RY * K, rows, live, ks, H // RY * K, K, K == BK)
         b_z = load_tile(z + base * (H // RZ * V) + h // RZ * V, rows, live, cols, H // RZ * V, V, V % BV == 0)
@@ -109,47 +112,43 @@ def scan_kernel(
                 between *= pair_decay(high, low, REVERSE, False, LOW)
             else:
                 between *= pair_mask(C, REVERSE, False)
-            narrow = S.to(b_x.dtype)
-            b_out = tl.dot(b_x, narrow, input_precision=PRECISION)
-            if TERMS and not LOW:
-                # sums of terms over many tokens would show what 16 bits round off the state
-                b_out = tl.dot(b_x, (S - narrow.to(tl.float32)).to(b_x.dtype), b_out, input_precision=PRECISION)
-            if GATED:
-                b_out *= tl.exp2(rest if REVERSE else high)[:, None]
-            if TERMS:
-                b_w = load_tile(w + base * (H // RW * V) + h // RW * V, rows, live, cols, H // RW * V, V, V % BV == 0)
-                crossing = tl.sum(b_out * b_w.to(tl.float32), 1)
-                if not REVERSE:
-                    pairs = between * tl.dot(b_w, tl.trans(b_z), input_precision=PRECISION)
-                    crossing = (crossing + tl.sum(pairs, 1) - tl.sum(pairs, 0)) * scale
-                tl.store(terms + (tile.to(tl.int64) * H + h) * T + at + rows, crossing, mask=live)
-            if REVERSE:
-                between *= scale
-            b_out = tl.dot(between.to(b_z.dtype), b_z, b_out, input_precision=PRECISION)
+            between *= scale
+            if WINDOW > 0:
+                # what a token reads of itself passes no gate
+                same = rows[:, None] == rows[None, :]
+                of_itself = tl.sum(tl.where(same, between, 0.0), 1)
+                between = tl.where(same, 0.0, between)
+            between = between.to(b_z.dtype)
+            b_out = tl.dot(b_x, S.to(b_x.dtype), input_precision=PRECISION)
             if not REVERSE:
                 b_out *= scale
+            if GATED:
+                b_out *= tl.exp2(rest if REVERSE else high)[:, None]
+            b_out = tl.dot(between, b_z, b_out, input_precision=PRECISION)
+            if WINDOW > 0:
+                b_w = load_tile(w + base * (H // RW * V) + h // RW * V, rows, live, cols, H // RW * V, V, V % BV == 0)
+                term = tl.sum(b_out * b_w.to(tl.float32), 1)
+                tl.store(terms + (tile.to(tl.int64) * H + h) * T + at + rows, term, mask=live)
+                b_out += of_itself[:, None] * b_z.to(tl.float32)
             mask = live[:, None] if V % BV == 0 else live[:, None] & (cols < V)[None, :]
             spot_v = base * (H * V) + h * V + rows[:, None] * (H * V) + cols[None, :]
             tl.store(out + spot_v, b_out.to(out.dtype.element_ty), mask=mask)
-        wide = b_z.to(tl.float32)
-        if REVERSE:
-            wide *= scale
-        if GATED:
-            wide *= tl.exp2(high if REVERSE else rest)[:, None]
-            S *= tl.exp2(total)
-        b_z = wide.to(b_y.dtype)
+        if REVERSE or GATED:
+            wide = b_z.to(tl.float32)
+            if REVERSE:
+                wide *= scale
+            if GATED:
+                wide *= tl.exp2(high if REVERSE else rest)[:, None]
+                S *= tl.exp2(total)
+            b_z = wide.to(b_y.dtype)
         S = tl.dot(tl.trans(b_y), b_z, S, input_precision=PRECISION)
-        if TERMS and not LOW:
-            S = tl.dot(tl.trans(b_y), (wide - b_z.to(tl.float32)).to(b_y.dtype), S, input_precision=PRECISION)
-    if TERMS and not REVERSE:
-        crossing = 0.0
-        if not leaves:
-            other = tl.load(after + (place.to(tl.int64) * H + h) * (K * V) + spot, mask=inside, other=0.0)
-            crossing = tl.sum(tl.sum(S * other, 1), 0)
-        elif FINAL:
-            other = tl.load(final + (segment.to(tl.int64) * H + h) * (K * V) + spot, mask=inside, other=0.0)
-            crossing = tl.sum(tl.sum(S * other, 1), 0)
-        tl.store(crossings + (tile.to(tl.int64) * count + place) * H + h, crossing)
+        if WINDOW > 0 and REVERSE:
+            if step % WINDOW == 0:
+                slot = slot_of(at, segment, WINDOW * C)
+                other = tl.load(held + (slot.to(tl.int64) * H + h) * (K * V) + flat, mask=inside, other=0.0)
+                slots = T // (WINDOW * C) + segments + 1
+                target = crossings + (tile.to(tl.int64) * slots + slot) * H + h
+                tl.store(target, tl.sum(tl.sum(S * other.to(tl.float32), 1), 0))
     if ONLY_STATE:
         tl.store(starts + (place.to(tl.int64) * H + h) * (K * V) + spot, S, mask=inside)
         if tile == 0:
@@ -191,58 +190,67 @@ def chain_kernel(
 
 
 @triton.jit
-def add_unless_cut(later, later_cuts, sooner, sooner_cuts):
-    """Sums over what is not cut off from what comes later."""
-    return tl.where(sooner_cuts > 0, sooner, later + sooner), later_cuts | sooner_cuts
+def slot_of(at, segment, LENGTH):
+    """Where a window of LENGTH tokens that starts at token `at` keeps its state: windows of a segment start LENGTH
+    apart, so that no two share a slot."""
+    return at // LENGTH + segment
+
+
+@triton.jit
+def add_unless_cut(so_far, so_far_cut, now, now_cut):
+    """Sums of what is not cut off from what came before it."""
+    return tl.where(now_cut > 0, now, so_far + now), so_far_cut | now_cut
 
 
 @triton.jit(do_not_specialize=["count", "segments", "T"])
 def gate_gradient_kernel(
-    reads, writes, crossings, sums, dg, table, count, segments, T,
-    READS: tl.constexpr, WRITES: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
+    reads, writes, crossings, sums, dg, table, cu_seqlens, count, segments, T,
+    PARTS: tl.constexpr, H: tl.constexpr, C: tl.constexpr, LENGTH: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """dg_t = what passes token t: from an earlier token or the segment's start to a later token or the segment's end.
+    """dg_t = <what the gate of token t lets pass of S, dS> = dg_t+1 + q_t . dq_t - k_t . dk_t.
 
-    reads `[READS, H, T]` and writes `[WRITES, H, T]`: the terms of dq and dv, in parts. crossings `[READS, P, H]`:
-    <S, dS> where pieces end, in parts. Inside a chunk, reads from t on and writes before t pass t. Across a chunk
-    passes <S, dS> at its end less what the chunk wrote itself; where the chunk's decay is below 2^CUT that is next to
-    nothing, and what the difference was rounded by is not carried on.
+    reads, writes `[PARTS, H, T]`: q . dq and k . dk, in parts, but for what tokens read of themselves; both passes
+    round pairs of tokens alike. crossings `[PARTS, slots, H]`: <S, dS> where windows of LENGTH tokens start, in parts;
+    where a segment ends it is zero, or, FINAL, not known. The sums run from both ends of a window, and the nearer one
+    counts for more: what 16 bits round off the states adds up over no more than a window. A gate that lets next to
+    nothing pass has no gradient, and no rounding passes it.
     """
     pid = tl.program_id(0)
     h, place = pid % H, pid // H
     segment, begin, end, _ = piece_of(table, count, place)
     if segment < 0:
         return
-    chunk = tl.arange(0, CHUNKS)
-    places = chunk[:, None] * C + tl.arange(0, C)[None, :]
+    window = tl.arange(0, TOKENS // LENGTH)
+    token = tl.arange(0, LENGTH)[None, :]
+    spots = window[:, None] * LENGTH + token
     plane = tl.cast(T, tl.int64)
-    passed = 0.0
-    if segment < segments:
-        for n in tl.static_range(READS):
-            passed += tl.load(crossings + (place.to(tl.int64) + n * count) * H + h)
-    steps = tl.cdiv(end - begin, CHUNKS * C)
-    for i in range(steps):
-        at = begin + (steps - 1 - i) * (CHUNKS * C)
-        live = places < end - at
-        target = dg + (at.to(tl.int64) + places) * H + h
+    slots = tl.cast(T // LENGTH + segments + 1, tl.int64)
+    for i in range(tl.cdiv(end - begin, TOKENS)):
+        at = begin + i * TOKENS
+        live = spots < end - at
+        target = dg + (at.to(tl.int64) + spots) * H + h
         if segment == segments:
             tl.store(target, 0.0, mask=live)
         else:
-            read = tl.zeros([CHUNKS, C], tl.float32)
-            for n in tl.static_range(READS):
-                read += tl.load(reads + (n * H + h) * plane + at + places, mask=live, other=0.0)
-            written = tl.zeros([CHUNKS, C], tl.float32)
-            for n in tl.static_range(WRITES):
-                written += tl.load(writes + (n * H + h) * plane + at + places, mask=live, other=0.0)
-            ends = tl.minimum((chunk + 1) * C, end - at) - 1
-            whole = tl.load(sums + h * plane + at + ends, mask=chunk * C < end - at, other=0.0)
-            cut = (whole < NEXT_TO_NOTHING).to(tl.int32)
-            total = tl.sum(written, 1)
-            gained = tl.sum(read, 1) - tl.where(cut > 0, 0.0, total)
-            later, cuts = tl.associative_scan((gained, cut), 0, add_unless_cut, reverse=True)
-            later += tl.where(cuts > 0, 0.0, passed)
-            # <S, dS> at a chunk's end is that at the next one's start
-            across = tl.where(cut > 0, 0.0, later - tl.sum(read, 1))
-            inside = tl.cumsum(read, 1, reverse=True) + tl.cumsum(written, 1) - written
-            tl.store(target, inside + across[:, None], mask=live)
-            passed = tl.sum(tl.where(chunk == 0, later, 0.0), 0)
+            gained = tl.zeros([TOKENS // LENGTH, LENGTH], tl.float32)
+            first = at + window * LENGTH
+            last = tl.load(cu_seqlens + segment + 1).to(tl.int32)
+            entering = tl.zeros([TOKENS // LENGTH], tl.float32)
+            leaving = tl.zeros([TOKENS // LENGTH], tl.float32)
+            for n in tl.static_range(PARTS):
+                gained += tl.load(reads + (n * H + h) * plane + at + spots, mask=live, other=0.0)
+                gained -= tl.load(writes + (n * H + h) * plane + at + spots, mask=live, other=0.0)
+                source = crossings + (n * slots + slot_of(first, segment, LENGTH)) * H + h
+                entering += tl.load(source, mask=first < end, other=0.0)
+                leaving += tl.load(source + H, mask=(first < end) & (first + LENGTH < last), other=0.0)
+            gate = tl.load(sums + h * plane + at + spots, mask=live, other=0.0)
+            gate -= tl.load(sums + h * plane + at + spots - 1, mask=live & (spots % C > 0), other=0.0)
+            cut = (gate < NEXT_TO_NOTHING).to(tl.int32)
+            after, cuts = tl.associative_scan((-gained, cut), 1, add_unless_cut)
+            forward = after + gained + tl.where(cuts > 0, 0.0, entering[:, None])
+            before, cuts = tl.associative_scan((tl.where(cut > 0, 0.0, gained), cut), 1, add_unless_cut, reverse=True)
+            backward = before + tl.where(cuts > 0, 0.0, leaving[:, None])
+            share = token / tl.minimum(LENGTH, tl.maximum(last - first, 1))[:, None]
+            if FINAL:
+                share = tl.where((first + LENGTH < last)[:, None], share, 0.0)
+            tl.store(target, tl.where(cut > 0, 0.0, forward + share * (backward - forward)), mask=live)

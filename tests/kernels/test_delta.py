@@ -26,7 +26,7 @@ class Case:
 
     inputs: dict[str, Tensor]
     cu_seqlens: Tensor
-    initial_state: Tensor
+    initial_state: Tensor | None
 
     @property
     def scale(self) -> float:
@@ -37,7 +37,7 @@ class Case:
         return self.inputs["q"].dtype
 
     def leaves(self, wide: bool) -> dict[str, Tensor]:
-        every = {**self.inputs, "initial_state": self.initial_state}
+        every = self.inputs if self.initial_state is None else {**self.inputs, "initial_state": self.initial_state}
         return {name: (x.double() if wide else x.clone()).requires_grad_() for name, x in every.items()}
 
 
@@ -79,14 +79,15 @@ def reference(case: Case, wide: bool, parts: str) -> dict[str, Tensor]:
     rule = as_mechanism("gated_deltanet" if "g" in inputs else "deltanet")
     if "g" in inputs and inputs["g"].ndim == 1:
         inputs["g"] = inputs["g"].expand(inputs["v"].shape[:2])
-    state = {"S": leaves["initial_state"]}
+    state = None if case.initial_state is None else {"S": leaves["initial_state"]}
     out = run(rule, inputs, case.cu_seqlens, initial_state=state, backend="reference")
     return results((out.output, out.final_state["S"]), leaves, parts)
 
 
 def kernels(case: Case, parts: str = "output final_state") -> dict[str, Tensor]:
     x = case.leaves(wide=False)
-    outputs = delta_scan(x["q"], x["k"], x["v"], x.get("g"), x["beta"], case.cu_seqlens, x["initial_state"], case.scale)
+    start = x.get("initial_state")
+    outputs = delta_scan(x["q"], x["k"], x["v"], x.get("g"), x["beta"], case.cu_seqlens, start, case.scale)
     return results(outputs, x, parts)
 
 
@@ -106,8 +107,9 @@ def test_ragged_segments(gates):
     assert_right(make(RAGGED, H=2, G=1, K=20, V=48, gates=gates, tail=3))
 
 
-def test_float16():
-    assert_right(make((70, 0, 1, 64), H=2, G=2, K=32, V=20, dtype=torch.float16))
+@pytest.mark.parametrize("K, V", [(32, 20), (70, 100), (130, 200)])
+def test_float16(K, V):
+    assert_right(make((70, 0, 1, 64), H=2, G=2, K=K, V=V, dtype=torch.float16))
 
 
 def test_tiles_of_a_wide_state():
@@ -117,6 +119,13 @@ def test_tiles_of_a_wide_state():
 @pytest.mark.parametrize("parts", ["output", "final_state"])
 def test_gradient_of_one_result(parts):
     assert_right(make((5, 40)), parts)
+
+
+@pytest.mark.parametrize("parts", ["output", "output final_state"])
+def test_without_an_initial_state(parts):
+    case = make((5, 0, 70), H=2, tail=2)
+    case.initial_state = None
+    assert_right(case, parts)
 
 
 def test_extreme_gates_and_strengths():
@@ -176,6 +185,12 @@ def test_split_segments(short_pieces, gates):
     assert_right(make((0, 64, 300, 65, 130), H=2, G=1, K=20, V=36, gates=gates, tail=3))
 
 
+def test_split_segments_without_an_initial_state(short_pieces):
+    case = make((200, 0, 70), K=20, V=36)
+    case.initial_state = None
+    assert_right(case, "output")
+
+
 def test_split_segments_write_every_element(short_pieces):
     case = make((3, 200, 70), tail=3)
     expected = kernels(case)
@@ -211,15 +226,15 @@ def test_views_are_as_good_as_copies():
         assert_equal(found[name], x, name)
 
 
-@pytest.mark.parametrize("gates", ["token", "head", None])
-def test_opcheck(gates):
+@pytest.mark.parametrize("gates, start", [("token", True), ("head", True), (None, True), ("token", False)])
+def test_opcheck(gates, start):
     x = make((2, 0, 5), H=2, G=1, gates=gates, tail=1).leaves(wide=False)
     cu_seqlens = torch.tensor([0, 2, 2, 7])
-    arguments = (x["q"], x["k"], x["v"], x.get("g"), x["beta"], cu_seqlens, x["initial_state"], 0.5)
+    arguments = (x["q"], x["k"], x["v"], x.get("g"), x["beta"], cu_seqlens, x["initial_state"] if start else None, 0.5)
     torch.library.opcheck(torch.ops.momkit.delta_scan.default, arguments)
     inputs = tuple(tensor.detach() if isinstance(tensor, Tensor) else tensor for tensor in arguments[:-1])
     output, final_state, *found = torch.ops.momkit.delta_scan(*inputs, 0.5)
-    d_outputs = torch.ones_like(output), torch.ones_like(final_state)
+    d_outputs = torch.ones_like(output), torch.ones_like(final_state) if start else None
     torch.library.opcheck(torch.ops.momkit.delta_scan_backward.default, (*inputs, *found, *d_outputs, 0.5))
 
 

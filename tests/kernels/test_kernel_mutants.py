@@ -207,10 +207,24 @@ FAULTS = [
         "mamba2-uncovered_tail",
     ),
     Fault(
-        "gate_gradient_without_what_crosses_the_chunk",
+        "gate_gradient_without_what_enters_the_window",
         scalar_kernels,
-        "tl.store(target, inside + across[:, None], mask=live)",
-        "tl.store(target, inside, mask=live)",
+        "tl.where(cuts > 0, 0.0, entering[:, None])",
+        "tl.where(cuts > 0, 0.0, 0.0 * entering[:, None])",
+        scalar_scan,
+    ),
+    Fault(
+        "what_leaves_a_segment_taken_for_nothing",
+        scalar_kernels,
+        "            if FINAL:\n",
+        "            if FINAL and False:\n",
+        scalar_scan,
+    ),
+    Fault(
+        "what_a_token_reads_of_itself_counted_in_gates",
+        scalar_kernels,
+        "term = tl.sum(b_out * b_w.to(tl.float32), 1)",
+        "term = tl.sum((b_out + of_itself[:, None] * b_z.to(tl.float32)) * b_w.to(tl.float32), 1) * (1 + REVERSE)",
         scalar_scan,
     ),
     Fault(
@@ -231,8 +245,8 @@ FAULTS = [
     Fault(
         "strength_missing_in_the_erase",
         delta_inverse,
-        "unit_lower_inverse(keys * decay * strength[None, :], PRECISION)",
-        "unit_lower_inverse(keys * decay, PRECISION)",
+        "unit_lower_inverse(pairs * strength[None, :], PRECISION)",
+        "unit_lower_inverse(pairs, PRECISION)",
         "gated_deltanet-matches_reference",
     ),
     Fault(
@@ -257,6 +271,13 @@ FAULTS = [
         "gated_deltanet-matches_reference",
     ),
     Fault(
+        "initial_delta_state_ignored",
+        delta_forward,
+        "S += tl.load(initial_state + whole_state + state_tile, mask=state_inside & (index == 0), other=0.0)",
+        "S += 0.0",
+        "gated_deltanet-matches_reference",
+    ),
+    Fault(
         "no_final_state_of_an_empty_delta_segment",
         delta_forward,
         "if READ and last:",
@@ -273,8 +294,15 @@ FAULTS = [
     Fault(
         "gradient_of_the_final_delta_state_lost",
         delta_backward,
-        "D = tl.load(source + state_tile, mask=state_inside, other=0.0)",
-        "D = tl.load(source + state_tile, mask=state_inside, other=0.0) * 0.0",
+        "D += tl.load(d_final + whole_state + state_tile, mask=state_inside & (follows == 0), other=0.0)",
+        "D += 0.0",
+        delta_scan,
+    ),
+    Fault(
+        "gate_gradient_of_all_that_tokens_receive",
+        delta_gradients,
+        "read_off = tl.sum(crossing, 0) - tl.sum(crossing, 1)",
+        "read_off = tl.sum(crossing, 0)",
         delta_scan,
     ),
     Fault(

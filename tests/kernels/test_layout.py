@@ -123,7 +123,7 @@ def test_gate_sums(H, chunk_size, piece, dtype):
     T = sum(LENGTHS_OF_GATES)
     g = random_gates(T + 3, H)
     g[T:] = torch.nan
-    sums = gate_sums(g, pieces_of(LENGTHS_OF_GATES, 3, piece), T + 3, H, chunk_size, dtype)
+    sums = gate_sums(g, pieces_of(LENGTHS_OF_GATES, 3, piece), piece, T + 3, H, chunk_size, dtype)
     assert sums.shape == (2 if dtype == torch.float32 else 1, H, T + 3)
     assert sums.dtype == torch.float32
     least = FORGET_ALL.value if dtype == torch.float32 else FORGET_ENOUGH.value
@@ -138,8 +138,8 @@ def test_gate_sums(H, chunk_size, piece, dtype):
 def test_sums_of_constant_gates(gate):
     g = torch.tensor([gate, -0.1])
     pieces = pieces_of((70, 3), 2, 64)
-    constant = gate_sums(g, pieces, 75, 2, 64, torch.float32)
-    by_token = gate_sums(g.expand(75, 2), pieces, 75, 2, 64, torch.float32)
+    constant = gate_sums(g, pieces, 64, 75, 2, 64, torch.float32)
+    by_token = gate_sums(g.expand(75, 2), pieces, 64, 75, 2, 64, torch.float32)
     assert torch.equal(constant[:, :, :73], by_token[:, :, :73])
     exact = exact_sums(g.expand(73, 2), (70, 3), 64, FORGET_ALL.value)
     torch.testing.assert_close(constant[:, :, :73].double().sum(0), exact, rtol=2.0**-47, atol=0)
@@ -149,7 +149,7 @@ def test_sums_of_constant_gates(gate):
 def test_small_gates_after_a_reset_keep_their_precision():
     g = torch.full((64, 1), -1e-3)
     g[1] = -torch.inf
-    high, low = gate_sums(g, pieces_of((64,), 0, 64), 64, 1, 64, torch.float32)[:, 0]
+    high, low = gate_sums(g, pieces_of((64,), 0, 64), 64, 64, 1, 64, torch.float32)[:, 0]
     between = (high[2:] - high[1]) + (low[2:] - low[1])
     exact = torch.arange(1, 63).double() * g[0].double() * LOG2_E.value
     torch.testing.assert_close(between.double(), exact, rtol=0, atol=1e-7)
