@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from momkit.benchmarks import cpu
+from momkit.benchmarks import cpu, cuda_report
 from momkit.benchmarks.timing import interleaved
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +46,20 @@ def test_readme_quotes_the_timings():
     against_step, against_transformers, by_length, block = cpu.bars(committed()).values()
     for quoted in (f"{against_step:.1f}x", f"{against_transformers:.1f}x", f"| {by_length:.2f} |", f"| {block:.1f} |"):
         assert quoted in section
+
+
+@pytest.mark.parametrize("family", ["scalar", "delta", "decode"])
+def test_gpu_tables_are_those_of_their_measurement(family: str):
+    result = json.loads((RESULTS / f"cuda_{family}.json").read_text(encoding="utf-8"))
+    assert cuda_report.markdown(result) == (RESULTS / f"cuda_{family}.md").read_text(encoding="utf-8")
+    assert cuda_report.bars(result) == result["bars"]
+    section = README.split(f"On one {result['hardware']} with Triton {result['versions']['triton']}")[1]
+    for row in result.get("ragged", ()):
+        cells = [cuda_report.case(row)]
+        for passes in ("forward", "forward_backward"):
+            cells += [f"{row[passes][name]['median'] * 1e3:.2f}" for name in ("momkit", "fla")]
+        cells += [f"{row['peak_bytes'][name] / 2**20:,.0f}" for name in ("momkit", "fla")]
+        assert f"| {' | '.join(cells)} |" in section
 
 
 def test_readme_quotes_the_demo():

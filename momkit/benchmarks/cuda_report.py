@@ -121,7 +121,7 @@ def markdown(result: Row) -> str:
         f"# GPU timings: {result['family']}",
         "",
         f"{result['what']}. {result['hardware']}, {versions}, {result['date']}.",
-        f"Made by `momkit bench --device cuda --family {result['family']}{peer}`; {result['rounds']} calls of each.",
+        f"Made by `momkit bench --device cuda --family {result['family']}{peer} --rounds {result['rounds']}`.",
         "",
     ]
     if found := bars(result):

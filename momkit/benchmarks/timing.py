@@ -3,14 +3,16 @@
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+Key = TypeVar("Key", bound=Hashable)
 
 # more than the L2 cache of any GPU; written often enough to keep a GPU busy while the host launches a call
 FLUSH_BYTES, FLUSHES = 256_000_000, 32
@@ -38,11 +40,11 @@ class Timing:
         return Timing(median, min(seconds), max(seconds), p20, p80, len(seconds), launches)
 
 
-def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, Timing]:
+def interleaved(candidates: Mapping[Key, Callable[[], Any]], rounds: int = 7) -> dict[Key, Timing]:
     """Time each candidate once a round, after a call each to warm up."""
     for call in candidates.values():
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    seconds: dict[Key, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, call in candidates.items():
             start = time.perf_counter()
