@@ -160,6 +160,10 @@ def markdown(result: Row) -> str:
             lambda row: [decode_line(row)],
         ),
     }
+    if left_out := [
+        name for name in tables if (name == "decode") == (result["family"] == "decode") and not result.get(name)
+    ]:
+        lines += [f"Not measured here: {', '.join(left_out)}.", ""]
     for name, (title, head, lines_of) in tables.items():
         if result.get(name):
             lines += [title, "", *table(head, (line for row in result[name] for line in lines_of(row)))]

@@ -75,10 +75,10 @@ class Call:
         call = Call(q, k, v, beta, cu_seqlens, scale, chunks, sums, inverse, reads)
         G, K = k.shape[1:]
         settings = config("delta_inverse", v.dtype, K, K, v.device)
-        for x, out in ((k, inverse), (q, reads)):
+        for x, out, inverts in ((k, inverse, True), (q, reads, False)):
             launch(
                 chunk_pairs, chunks.count * H, (x, k, beta, sums, out, chunks.table),
-                (T, chunks.segments, chunks.count), H, G, K, C, settings.block, x is k, *call.kind,
+                (T, chunks.segments, chunks.count), H, G, K, C, settings.block, inverts, *call.kind,
                 num_warps=settings.num_warps, num_stages=settings.num_stages,
             )  # fmt: skip
         return call

@@ -21,7 +21,7 @@ def scan_pieces_back(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FINAL: tl.constexpr, SPLIT: tl.constexpr, START: tl.constexpr,
     LINK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One piece of one head, BLOCK columns of the gradient of its state.
+    """One piece of one head, BLOCK columns of the gradient of its state. inverse, reads: see `chunk_pairs`.
 
     A segment's last piece starts from d_final `[N, H, K, V]`, without FINAL from zeros; SPLIT: others from ends
     `[pieces, HEADS, K, V]`. Writes dv `[T, H, V]`, d_states `[chunks, HEADS, K, V]`, those at each chunk's end, and,

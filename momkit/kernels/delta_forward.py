@@ -23,7 +23,7 @@ def scan_pieces(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr,
     KEEP: tl.constexpr, LINK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One piece of one head, BLOCK columns of its state.
+    """One piece of one head, BLOCK columns of its state. inverse, reads: see `chunk_pairs`.
 
     A segment's first piece starts from initial_state `[N, H, K, V]`, without START from zeros; SPLIT: later ones from
     starts `[pieces, HEADS, K, V]`.

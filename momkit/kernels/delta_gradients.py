@@ -125,7 +125,7 @@ def chunk_gradients(
         by_key_t += tl.dot(e, tl.trans(dw), input_precision=PRECISION)
         by_key += tl.dot(dw, tl.trans(e), input_precision=PRECISION)
     decay = pair_decay(high, low, False, False, PARTS == 2) if PARTS else pair_mask(C, False, False)
-    from_query = (by_read * (decay * strength[None, :])).to(dtype)
+    from_query = (by_read * (decay * (strength * scale)[None, :])).to(dtype)
     by_key *= tl.where(earlier, decay * -strength[None, :], 0.0)
     decay = pair_decay(high, low, True, False, PARTS == 2) if PARTS else pair_mask(C, True, False)
     by_read_t *= decay * scale
@@ -144,9 +144,11 @@ def chunk_gradients(
     d_strength = tl.sum(passed, 1)
     written = tl.zeros([C], tl.float32)
     if PARTS:
-        # what tokens receive from others of the chunk, less what they give to them
-        crossing = tl.where(token[:, None] < token[None, :], passed * strength[:, None], 0.0)
-        read_off = tl.sum(crossing, 0) - tl.sum(crossing, 1)
+        # gate t: what tokens before it pass to it and to later ones
+        later = token[:, None] < token[None, :]
+        crossing = tl.cumsum(tl.where(later, passed * strength[:, None], 0.0), 1, reverse=True)
+        d_gate = tl.sum(tl.where(later, crossing, 0.0), 0)
+        read_off = tl.zeros([C], tl.float32)
         kept = tl.zeros([ROWS], tl.float32)
     for first in range(0, K, ROWS):
         xk = load_tile(k, token, seen, row, G * K, K - first, K % ROWS == 0)
@@ -162,11 +164,12 @@ def chunk_gradients(
                 S = load_states(states, row, start + column, K - first, V, WHOLE)
                 do = load_tile(d_output, token, seen, start + column, H * V, V, V % BLOCK == 0)
             gained += tl.dot(do, tl.trans(S), input_precision=PRECISION)
+        gained *= scale
         if PARTS:
             gained *= from_start[:, None]
-            read_off += tl.sum(gained * xq.to(tl.float32), 1) * scale
+            read_off += tl.sum(gained * xq.to(tl.float32), 1)
         gained += tl.dot(from_query, xk, input_precision=PRECISION)
-        store_tile(dq, gained * scale, token, seen, row, H * K, K - first, K % ROWS == 0)
+        store_tile(dq, gained, token, seen, row, H * K, K - first, K % ROWS == 0)
         erased = tl.zeros([C, ROWS], tl.float32)
         stored = tl.zeros([C, ROWS], tl.float32)
         passing = tl.zeros([ROWS, ROWS], tl.float32)
@@ -200,4 +203,4 @@ def chunk_gradients(
     if PARTS:
         # tokens from t on read the state; what earlier ones wrote, and the state itself, reach the end
         reach = tl.where(earlier, (written * strength)[None, :], read_off[None, :])
-        tl.store(dg + scalars, tl.sum(reach, 1) + whole * tl.sum(kept, 0), mask=seen)
+        tl.store(dg + scalars, d_gate + tl.sum(reach, 1) + whole * tl.sum(kept, 0), mask=seen)

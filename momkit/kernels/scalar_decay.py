@@ -59,7 +59,7 @@ class Scans:
         return self.num_tokens // (self.window * CHUNK_SIZE) + self.pieces.segments + 1
 
     def starts(self, state: Tensor | None, y: Tensor, z: Tensor, scale: float = 1.0, reverse: bool = False) -> Tensor:
-        """`[places, H, K, V]`: the state, over `scale`, that each piece but a segment's first starts from."""
+        """`[places, H, K, V]`: the state that each piece but a segment's first starts from."""
         starts = y.new_empty((self.most_split, self.num_heads, y.shape[-1], z.shape[-1]), dtype=torch.float32)
         if self.most_split:
             decays = starts.new_empty(starts.shape[:2])

@@ -146,18 +146,20 @@ class DeltaScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         places, groups, scale = ctx.cut = cut
         S, output = S.clone(), places.room(v)
-        decay, beta = Decay.of(places.take(g)), places.take(beta)[..., None]
+        beta = places.take(beta)[..., None]
+        every = Decay.of(places.take(g)) if keep else None
         C, sizes = places.there.shape[1], [sum(counts) for counts in groups]
         rooms = Kept.rooms(S, C, sizes if keep else [max(sizes)])
         for n, (rows, counts) in enumerate(spans(groups)):
             kept = rooms[n] if keep else Kept(*(room[: sizes[n]] for room in rooms[0]))
             places.take(k, rows, kept.x[:, 0])
             places.take(q, rows, kept.x[:, 1])
+            decay = Decay.of(places.take(g, rows)) if every is None else every.rows(rows)
             alive = S[: counts[0]]
-            read = forward_chunks(kept, places.take(v, rows), decay.rows(rows), beta[rows], alive, counts, scale)
+            read = forward_chunks(kept, places.take(v, rows), decay, beta[rows], alive, counts, scale)
             places.put(read, rows, output)
-        if keep:
-            ctx.save_for_backward(beta, *decay, *(tensor for kept in rooms for tensor in kept))
+        if every is not None:
+            ctx.save_for_backward(beta, *every, *(tensor for kept in rooms for tensor in kept))
         # a view would forbid callers to change the output in place
         return output[: len(v)].clone() if places.gaps else output, S
 

@@ -216,6 +216,38 @@ def test_some_heads_at_a_time(monkeypatch):
         assert_equal(found[name], x, name)
 
 
+def test_queries_may_be_the_keys():
+    case = make((40, 3), H=2, G=2)
+    k, rest = case.inputs["k"], [case.inputs[name] for name in ("v", "g", "beta")]
+    for found, expected in zip(
+        delta_scan(k, k, *rest, case.cu_seqlens, case.initial_state, 1.0),
+        delta_scan(k.clone(), k, *rest, case.cu_seqlens, case.initial_state, 1.0),
+        strict=True,
+    ):
+        assert_equal(found, expected, "with one tensor for both")
+
+
+def test_gradients_of_gates_that_let_nothing_or_next_to_nothing_pass():
+    """Nothing that does not pass a gate is added to its gradient and taken away again."""
+    case = make((64,), K=16, V=16)
+    case.inputs["g"] = torch.full((64, 1), -1e-3)
+    case.inputs["g"][20], case.inputs["g"][40] = -17.0, -torch.inf
+    found, truth = (x["gradient of g"] for x in (kernels(case), reference(case, True, "output final_state")))
+    assert found[40] == 0
+    assert abs(found[20] / truth[20] - 1) < 1e-3
+
+
+def test_large_gradients_in_float16():
+    """A loss scale of 1024: what is multiplied in 16 bits must not pass 65504."""
+    case = make((64,), K=128, V=128, gates=None, dtype=torch.float16)
+    leaves = {name: x.clone().requires_grad_() for name, x in case.inputs.items()}
+    scale = 128**-0.5
+    q, k, v, beta = (leaves[name] for name in ("q", "k", "v", "beta"))
+    output, _ = delta_scan(q, k, v, None, beta, case.cu_seqlens, None, scale)
+    gradient = torch.autograd.grad(output, q, 1024 * v.detach().sign())[0]
+    assert gradient.isfinite().all()
+
+
 def test_views_are_as_good_as_copies():
     case = make((40,), H=2, G=2)
     expected = kernels(case)

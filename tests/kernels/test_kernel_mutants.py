@@ -214,6 +214,20 @@ FAULTS = [
         scalar_scan,
     ),
     Fault(
+        "windows_of_two_segments_share_a_slot",
+        scalar_kernels,
+        "return at // LENGTH + segment",
+        "return at // LENGTH",
+        scalar_scan,
+    ),
+    Fault(
+        "what_leaves_a_window_forgotten",
+        scalar_kernels,
+        "leaving += tl.load(source + H,",
+        "leaving += 0.0 * tl.load(source + H,",
+        scalar_scan_in_pieces,
+    ),
+    Fault(
         "what_leaves_a_segment_taken_for_nothing",
         scalar_kernels,
         "            if FINAL:\n",
@@ -301,8 +315,8 @@ FAULTS = [
     Fault(
         "gate_gradient_of_all_that_tokens_receive",
         delta_gradients,
-        "read_off = tl.sum(crossing, 0) - tl.sum(crossing, 1)",
-        "read_off = tl.sum(crossing, 0)",
+        "d_gate = tl.sum(tl.where(later, crossing, 0.0), 0)",
+        "d_gate = tl.sum(crossing, 0)",
         delta_scan,
     ),
     Fault(
