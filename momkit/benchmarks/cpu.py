@@ -130,9 +130,9 @@ def measure(rounds: int = 7) -> dict[str, Any]:
 
 def bars(result: dict[str, Any]) -> dict[str, float]:
     """The ratios that this library promises, from a measurement."""
-    by_length = {row["tokens"]: {n: t["fastest"] for n, t in row["timings"].items()} for row in result["lengths"]}
+    by_length = {row["tokens"]: {n: t["median"] for n, t in row["timings"].items()} for row in result["lengths"]}
     per_token = [by_length[n]["chunked"] / n for n in LENGTHS if n >= 2048]
-    block = [row["timings"]["mom"]["fastest"] / row["timings"]["one_memory"]["fastest"] for row in result["blocks"]]
+    block = [row["timings"]["mom"]["median"] / row["timings"]["one_memory"]["median"] for row in result["blocks"]]
     return {
         "reference / chunked at 2048": by_length[2048]["reference"] / by_length[2048]["chunked"],
         "transformers / chunked at 4096": by_length[4096]["transformers"] / by_length[4096]["chunked"],
@@ -142,8 +142,8 @@ def bars(result: dict[str, Any]) -> dict[str, float]:
 
 
 def milliseconds(timing: dict[str, float]) -> str:
-    """The fastest call, for a table."""
-    value = timing["fastest"] * 1e3
+    """The median of a timing, for a table."""
+    value = timing["median"] * 1e3
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
@@ -155,12 +155,12 @@ def table(head: str, rows: Iterable[str]) -> list[str]:
 def compared(row: dict[str, Any], slow: str, fast: str) -> tuple[str, str, float]:
     """Both timings of a row, and how many times the one is the other."""
     a, b = row["timings"][slow], row["timings"][fast]
-    return milliseconds(a), milliseconds(b), a["fastest"] / b["fastest"]
+    return milliseconds(a), milliseconds(b), a["median"] / b["median"]
 
 
 def length_row(row: dict[str, Any]) -> str:
     cells = [milliseconds(row["timings"][name]) for name in ("chunked", "reference", "transformers")]
-    micro = row["timings"]["chunked"]["fastest"] / row["tokens"] * 1e6
+    micro = row["timings"]["chunked"]["median"] / row["tokens"] * 1e6
     return " | ".join([str(row["tokens"]), *cells, f"{micro:.1f}"])
 
 
@@ -181,8 +181,7 @@ def markdown(result: dict[str, Any]) -> str:
         "# CPU timings",
         "",
         f"{result['what']}. {result['hardware']}, {result['threads']} threads, {versions}, {result['date']}.",
-        "Made by `momkit bench --device cpu`; candidates interleaved in one process, the fastest call of each: what",
-        "else a machine does only adds time. The JSON file has medians too.",
+        "Made by `momkit bench --device cpu`; medians, candidates interleaved in one process.",
         "",
         *table("promise | measured", (f"{name} | {value:.2f}" for name, value in bars(result).items())),
         "Gated delta rule, one sequence, milliseconds:",

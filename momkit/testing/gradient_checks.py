@@ -6,7 +6,7 @@ from torch import Tensor
 
 from momkit.mechanisms.base import Inputs, State
 from momkit.testing.drawing import Draw, drawn
-from momkit.testing.oracle import gradients_of, step_by_step
+from momkit.testing.oracle import gradients_of, step_by_step, weighted_sum
 from momkit.testing.strategies import ScanCase, scan_cases
 from momkit.testing.subjects import ScanSubject
 from momkit.testing.tolerances import assert_as_good
@@ -21,13 +21,8 @@ def leaves_of(case: ScanCase, dtype: torch.dtype | None = None) -> tuple[Inputs,
 
 def gradients(case: ScanCase, inputs: Inputs, state: State, output: Tensor, final: State) -> dict[str, Tensor]:
     """Gradients by every input and initial state of a random weighting of outputs and final states."""
-    generator = torch.Generator().manual_seed(case.seed + 11)
-    total = output.new_zeros((), dtype=torch.float64)
-    for tensor in (output, *final.values()):
-        weight = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        total = total + (tensor.double() * weight).sum()
     leaves = {**inputs, **{f"initial_state[{name!r}]": x for name, x in state.items()}}
-    return gradients_of(total, leaves)
+    return gradients_of(weighted_sum((output, *final.values()), case.seed + 11), leaves)
 
 
 def oracle_gradients(case: ScanCase, dtype: torch.dtype) -> dict[str, Tensor]:

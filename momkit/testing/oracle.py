@@ -1,6 +1,6 @@
 """The truth: a rule's own step, token by token, segment by segment, with nothing clever in between."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -65,6 +65,19 @@ def affine_steps(structure: Structure, inputs: Affine, S: Tensor) -> tuple[Tenso
         state, output = affine_step(structure, state, token)
         outputs.append(output)
     return torch.stack(outputs) if outputs else torch.zeros_like(inputs.v), state[None]
+
+
+def weighted_sum(tensors: Iterable[Tensor], seed: int) -> Tensor:
+    """The float64 sum of all elements of some tensors, each times a random weight."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = ((x, torch.randn(x.shape, generator=generator, dtype=torch.float64)) for x in tensors)
+    return torch.stack([(x.double() * weight).sum() for x, weight in weights]).sum()
+
+
+def results_of(named: Mapping[str, Tensor], leaves: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str, Tensor]:
+    """What a scan gave, by name, and the gradient, by every leaf, of a random weighting of the parts named."""
+    gradients = gradients_of(weighted_sum((named[part] for part in parts), seed=7), leaves)
+    return {**named, **{f"gradient of {name}": x for name, x in gradients.items()}}
 
 
 def gradients_of(total: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

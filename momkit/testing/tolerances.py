@@ -6,6 +6,8 @@ The floor is that of the dtype a result was computed in. Tensor cores multiply i
 inputs' for all that kernels return, their float32 states and gradients too; other backends multiply in the state's.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,14 @@ def assert_as_good(actual: Tensor, eager: Tensor, truth: Tensor, what: str, dtyp
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     wrong, allowed = error(actual, truth), FACTOR * error(eager, truth) + FLOOR[dtype or eager.dtype]
     assert wrong <= allowed, f"{what}: error {wrong:.3g}, allowed {allowed:.3g}{where_worst(actual, truth)}"
+
+
+def assert_all_as_good(
+    found: Mapping[str, Tensor], eager: Mapping[str, Tensor], truth: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """`assert_as_good` for all that has a name; all of it was multiplied in `dtype`, whatever it is stored in."""
+    for name, x in truth.items():
+        assert_as_good(found[name], eager[name].to(dtype), x, name)
 
 
 def where_worst(actual: Tensor, expected: Tensor) -> str:

@@ -9,9 +9,9 @@ from torch.nn.functional import normalize
 
 from momkit.mechanisms.triton_scan import interpreting
 from momkit.scan import as_mechanism, run
-from momkit.testing.oracle import gradients_of
+from momkit.testing.oracle import results_of
 from momkit.testing.poison import poisoned_empty
-from momkit.testing.tolerances import assert_as_good, assert_equal
+from momkit.testing.tolerances import assert_all_as_good, assert_equal
 
 if not interpreting():
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
@@ -65,12 +65,7 @@ def sprinkle(tensor: Tensor, values: tuple[float, ...], share: float = 0.1) -> N
 
 
 def results(outputs: tuple[Tensor, Tensor], leaves: dict[str, Tensor], parts: str) -> dict[str, Tensor]:
-    """Output, final state, and the gradients of a random weighting of those named in `parts`."""
-    generator = torch.Generator().manual_seed(7)
-    named = dict(zip(("output", "final_state"), outputs, strict=True))
-    weights = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64) for name, x in named.items()}
-    total = sum((named[name].double() * weights[name]).sum() for name in parts.split())
-    return named | {f"gradient of {name}": x for name, x in gradients_of(total, leaves).items()}
+    return results_of(dict(zip(("output", "final_state"), outputs, strict=True)), leaves, parts.split())
 
 
 def reference(case: Case, wide: bool, parts: str) -> dict[str, Tensor]:
@@ -94,9 +89,7 @@ def kernels(case: Case, parts: str = "output final_state") -> dict[str, Tensor]:
 def assert_right(case: Case, parts: str = "output final_state") -> None:
     """Outputs and all gradients: as good as the step in the same dtype."""
     found, truth, eager = kernels(case, parts), reference(case, True, parts), reference(case, False, parts)
-    for name, x in truth.items():
-        # what float16 operands are multiplied into is no better than float16, whatever it is stored in
-        assert_as_good(found[name], eager[name].to(case.dtype), x, name)
+    assert_all_as_good(found, eager, truth, case.dtype)
 
 
 RAGGED = (0, 1, 63, 64, 65, 130)
