@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from momkit.benchmarks.timing import as_dict, environment, interleaved
+from momkit.benchmarks.timing import as_dict, environment, interleaved, turns
 from momkit.errors import InputError
 from momkit.mechanisms.base import Inputs
 from momkit.registry import registry
@@ -15,6 +16,7 @@ from momkit.spec import MoMSpec
 
 HEADS, DIM = 4, 64
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+FLAT = (2048, 4096, 8192, 16384)
 
 
 def leaves(inputs: Inputs) -> Inputs:
@@ -93,6 +95,28 @@ def lengths(rounds: int) -> Iterator[dict[str, Any]]:
         yield {"tokens": length, "difference": differences[length], "timings": as_dict(mine)}
 
 
+def cost_per_token(rounds: int) -> dict[str, float]:
+    """The chunked gated delta rule's time a token at each length, as a share of that at 2048 in the same round.
+
+    Every timing runs over as many tokens, in one sequence or several calls, and a round takes about a second: other
+    load, which comes and goes over seconds, then falls on all lengths of a round. The median is over the rounds.
+    """
+    longest = FLAT[-1]
+
+    def repeated(length: int) -> Callable[[], None]:
+        call = momkit_form("gated_deltanet", sample("gated_deltanet", length), "chunked")
+
+        def run() -> None:
+            for _ in range(longest // length):
+                call()
+
+        return run
+
+    seconds = turns({length: repeated(length) for length in FLAT}, rounds)
+    shares = np.array([seconds[length] for length in FLAT]) / np.array(seconds[FLAT[0]])
+    return {str(length): float(share) for length, share in zip(FLAT, np.median(shares, axis=1), strict=True)}
+
+
 def rules(rounds: int) -> Iterator[dict[str, Any]]:
     """Every rule with a chunked form at 2048 tokens, forward and backward."""
     for name in registry().names("mechanism"):
@@ -123,6 +147,7 @@ def measure(rounds: int = 7) -> dict[str, Any]:
         "what": f"CPU, float32, forward and backward, {HEADS} heads of {DIM}; seconds",
         **environment("cpu"),
         "lengths": list(lengths(rounds)),
+        "cost_per_token": cost_per_token(3 * rounds),
         "rules": list(rules(rounds)),
         "blocks": list(blocks(rounds)),
     }
@@ -131,7 +156,7 @@ def measure(rounds: int = 7) -> dict[str, Any]:
 def bars(result: dict[str, Any]) -> dict[str, float]:
     """The ratios that this library promises, from a measurement."""
     by_length = {row["tokens"]: {n: t["median"] for n, t in row["timings"].items()} for row in result["lengths"]}
-    per_token = [by_length[n]["chunked"] / n for n in LENGTHS if n >= 2048]
+    per_token = result["cost_per_token"].values()
     block = [row["timings"]["mom"]["median"] / row["timings"]["one_memory"]["median"] for row in result["blocks"]]
     return {
         "reference / chunked at 2048": by_length[2048]["reference"] / by_length[2048]["chunked"],
@@ -187,6 +212,9 @@ def markdown(result: dict[str, Any]) -> str:
         "Gated delta rule, one sequence, milliseconds:",
         "",
         *table("tokens | chunked | reference | transformers | chunked, us a token", map(length_row, result["lengths"])),
+        "Its chunked form's time a token, lengths side by side, as a share of that at 2048 tokens:",
+        "",
+        *table("tokens | share", (f"{tokens} | {share:.2f}" for tokens, share in result["cost_per_token"].items())),
         "Every rule with a chunked form, 2048 tokens, milliseconds:",
         "",
         *table("rule | chunked | reference | ratio", map(rule_row, result["rules"])),

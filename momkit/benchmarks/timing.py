@@ -40,8 +40,8 @@ class Timing:
         return Timing(median, min(seconds), max(seconds), p20, p80, len(seconds), launches)
 
 
-def interleaved(candidates: Mapping[Key, Callable[[], Any]], rounds: int = 7) -> dict[Key, Timing]:
-    """Time each candidate once a round, after a call each to warm up."""
+def turns(candidates: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
+    """Seconds of each candidate in each round, candidates taking turns, after a call each to warm up."""
     for call in candidates.values():
         call()
     seconds: dict[Key, list[float]] = {name: [] for name in candidates}
@@ -50,7 +50,12 @@ def interleaved(candidates: Mapping[Key, Callable[[], Any]], rounds: int = 7) ->
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
-    return {name: Timing.of(s) for name, s in seconds.items()}
+    return seconds
+
+
+def interleaved(candidates: Mapping[Key, Callable[[], Any]], rounds: int = 7) -> dict[Key, Timing]:
+    """Time each candidate once a round, after a call each to warm up."""
+    return {name: Timing.of(seconds) for name, seconds in turns(candidates, rounds).items()}
 
 
 def interleaved_cuda(

@@ -16,7 +16,7 @@ from momkit.kernels.delta_backward import scan_pieces_back
 from momkit.kernels.delta_chain import chain_pieces
 from momkit.kernels.delta_forward import scan_pieces
 from momkit.kernels.delta_gradients import chunk_gradients
-from momkit.kernels.delta_inverse import chunk_pairs
+from momkit.kernels.delta_inverse import chunk_inverse
 from momkit.kernels.gates import gate_parts, gate_sums
 from momkit.kernels.launch import cdiv, compiled_together, launch
 from momkit.kernels.layout import Pieces
@@ -30,15 +30,13 @@ WORKSPACE = 384 << 20
 
 class Found(NamedTuple):
     """What the forward pass finds and the backward pass needs again: chunks of segments (see `Pieces`), beta `[H, T]`
-    float32, sums of gates (empty without gates), and of each chunk `[T, H, C]` the inverse of its system and what
-    queries read of keys, see `chunk_pairs`."""
+    float32, sums of gates (empty without gates), and the inverse of each chunk's system `[T, H, C]`."""
 
     table: Tensor
     first: Tensor
     beta: Tensor
     sums: Tensor
     inverse: Tensor
-    reads: Tensor
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Call:
     chunks: Pieces
     sums: Tensor | None
     inverse: Tensor
-    reads: Tensor
 
     @staticmethod
     def of(
@@ -66,28 +63,28 @@ class Call:
         (T, H, _), C = v.shape, chunk_size(v.dtype)
         if found is not None:
             chunks, sums = Pieces(found.table, len(cu_seqlens) - 1, found.first), None if g is None else found.sums
-            return Call(q, k, v, found.beta, cu_seqlens, scale, chunks, sums, found.inverse, found.reads)
+            return Call(q, k, v, found.beta, cu_seqlens, scale, chunks, sums, found.inverse)
         # a head's tokens side by side, as sums of gates are: 2-byte scalars H apart cannot be copied ahead
         beta = beta.new_empty((H, T), dtype=torch.float32).copy_(beta.t())
         chunks = Pieces.of(cu_seqlens, T, C)
         sums = None if g is None else gate_sums(g, chunks, C, T, H, C, v.dtype)
-        inverse, reads = (v.new_empty(T, H, C) for _ in range(2))
-        call = Call(q, k, v, beta, cu_seqlens, scale, chunks, sums, inverse, reads)
+        call = Call(q, k, v, beta, cu_seqlens, scale, chunks, sums, v.new_empty(T, H, C))
         G, K = k.shape[1:]
         settings = config("delta_inverse", v.dtype, K, K, v.device)
-        for x, out, inverts in ((k, inverse, True), (q, reads, False)):
-            launch(
-                chunk_pairs, chunks.count * H, (x, k, beta, sums, out, chunks.table),
-                (T, chunks.segments, chunks.count), H, G, K, C, settings.block, inverts, *call.kind,
-                num_warps=settings.num_warps, num_stages=settings.num_stages,
-            )  # fmt: skip
+        # tf32 cuts off at as many bits as float16 keeps, product after product
+        precision = "tf32" if v.dtype == torch.bfloat16 else "tf32x3"
+        launch(
+            chunk_inverse, chunks.count * H, (k, beta, sums, call.inverse, chunks.table),
+            (T, chunks.segments, chunks.count), H, G, K, C, settings.block, call.kind[0], precision,
+            num_warps=settings.num_warps, num_stages=settings.num_stages,
+        )  # fmt: skip
         return call
 
     @property
     def found(self) -> Found:
         sums = self.v.new_empty(0) if self.sums is None else self.sums
         assert self.chunks.first is not None
-        return Found(self.chunks.table, self.chunks.first, self.beta, sums, self.inverse, self.reads)
+        return Found(self.chunks.table, self.chunks.first, self.beta, sums, self.inverse)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -141,7 +138,7 @@ class Scan:
         tiles = cdiv(V, settings.block) + (cdiv(K, settings.block) if link else 0)
         launch(
             scan_pieces, (self.most_split if link else self.pieces.count) * self.heads * tiles,
-            (call.q, call.k, call.v, call.beta, call.inverse, call.reads, call.sums, initial_state, starts, moves,
+            (call.q, call.k, call.v, call.beta, call.inverse, call.sums, initial_state, starts, moves,
              output, final_state, states, errors, call.cu_seqlens, self.pieces.table, call.chunks.first),
             (T, self.pieces.segments, self.pieces.count, self.first_head, call.scale),
             H, self.heads, G, K, V, call.inverse.shape[2], padded(K), settings.block,
@@ -167,7 +164,7 @@ class Scan:
         places = self.most_split if link else self.pieces.count
         launch(
             scan_pieces_back, places * self.heads * cdiv(V, settings.block),
-            (call.q, call.k, call.beta, call.inverse, call.reads, call.sums, d_output, d_final, ends, dv, d_initial,
+            (call.q, call.k, call.beta, call.inverse, call.sums, d_output, d_final, ends, dv, d_initial,
              d_states, call.cu_seqlens, self.pieces.table, call.chunks.first),
             (T, self.pieces.segments, self.pieces.count, self.first_head, call.scale),
             H, self.heads, G, K, V, call.inverse.shape[2], padded(K), settings.block,
@@ -263,7 +260,7 @@ def delta_scan(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
     initial_state: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output and final state, and what the backward pass needs (`Found`)."""
     call = Call.of(q, k, v, g, beta, cu_seqlens, scale)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -279,14 +276,14 @@ def forward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
     initial_state: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, H, V), K = v.shape, k.shape[2]
     output, final_state = v.new_empty(v.shape), v.new_empty((len(cu_seqlens) - 1, H, K, V), dtype=torch.float32)
     table = cu_seqlens.new_empty((4, torch.library.get_ctx().new_dynamic_size()), dtype=torch.int32)
     first = cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
     sums = v.new_empty(0) if g is None else final_state.new_empty((gate_parts(v.dtype), H, T))
-    inverse, reads = (v.new_empty((T, H, chunk_size(v.dtype))) for _ in range(2))
-    return output, final_state, table, first, final_state.new_empty((H, T)), sums, inverse, reads
+    inverse = v.new_empty((T, H, chunk_size(v.dtype)))
+    return output, final_state, table, first, final_state.new_empty((H, T)), sums, inverse
 
 
 @torch.library.custom_op("momkit::delta_scan_backward", mutates_args=())
@@ -294,11 +291,11 @@ def _(
 def backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
     initial_state: Tensor | None, table: Tensor, first: Tensor, strength: Tensor, sums: Tensor, inverse: Tensor,
-    reads: Tensor, d_output: Tensor, d_final: Tensor | None, scale: float,
+    d_output: Tensor, d_final: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, of each token's gate `[T, H]` (empty without gates), of beta, of the initial state (empty
     if there is none)."""
-    call = Call.of(q, k, v, g, beta, cu_seqlens, scale, Found(table, first, strength, sums, inverse, reads))
+    call = Call.of(q, k, v, g, beta, cu_seqlens, scale, Found(table, first, strength, sums, inverse))
     initial_state = None if initial_state is None else initial_state.contiguous()
     d_output, d_final = d_output.contiguous(), None if d_final is None else d_final.contiguous()
     T, H, G, K, V = call.sizes
@@ -331,7 +328,7 @@ def backward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor, cu_seqlens: Tensor,
     initial_state: Tensor | None, table: Tensor, first: Tensor, strength: Tensor, sums: Tensor, inverse: Tensor,
-    reads: Tensor, d_output: Tensor, d_final: Tensor | None, scale: float,
+    d_output: Tensor, d_final: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dg = strength.new_empty(0 if g is None else v.shape[:2])
     d_initial = strength.new_empty(0 if initial_state is None else initial_state.shape)

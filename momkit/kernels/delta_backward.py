@@ -8,20 +8,20 @@ With the letters of `delta_forward` and D at the chunk's end, dO scaled:
 import triton
 import triton.language as tl
 
-from momkit.kernels.gates import load_decay
+from momkit.kernels.gates import load_decay, pair_decay, pair_mask
 from momkit.kernels.layout import piece_of
 from momkit.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["T", "N", "count", "first_head", "scale"])
 def scan_pieces_back(
-    q, k, beta, inverse, reads, sums, d_output, d_final, ends, dv, d_initial, d_states,
+    q, k, beta, inverse, sums, d_output, d_final, ends, dv, d_initial, d_states,
     cu_seqlens, table, chunk_first, T, N, count, first_head, scale,
     H: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, FINAL: tl.constexpr, SPLIT: tl.constexpr, START: tl.constexpr,
     LINK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One piece of one head, BLOCK columns of the gradient of its state. inverse, reads: see `chunk_pairs`.
+    """One piece of one head, BLOCK columns of the gradient of its state. inverse: see `chunk_inverse`.
 
     A segment's last piece starts from d_final `[N, H, K, V]`, without FINAL from zeros; SPLIT: others from ends
     `[pieces, HEADS, K, V]`. Writes dv `[T, H, V]`, d_states `[chunks, HEADS, K, V]`, those at each chunk's end, and,
@@ -75,7 +75,6 @@ def scan_pieces_back(
     d_output += values
     beta += full_head.to(tl.int64) * T + at
     inverse += (at * H + full_head) * C
-    reads += (at * H + full_head) * C
     if PARTS:
         sums += full_head.to(tl.int64) * T + at
         plane = tl.cast(T, tl.int64) * H
@@ -83,9 +82,6 @@ def scan_pieces_back(
         chunk = tl.load(chunk_first + segment) + (begin - segment_begin) // C + chunks - 1
         d_states += (chunk.to(tl.int64) * HEADS + head) * (K * V)
 
-    # held in registers from one chunk to the next: ahead of time, yet without a second place in shared memory
-    pairs = load_tile(reads, token, token < tl.minimum(length, length - (chunks - 1) * C), token, H * C, C, True)
-    reads -= C * H * C
     for turn in range(0, chunks):
         live = tl.minimum(C, length - (chunks - 1 - turn) * C)
         seen = token < live
@@ -94,7 +90,7 @@ def scan_pieces_back(
         do = load_tile(d_output, token, seen, column, H * V, V, V % BLOCK == 0)
         strength = tl.load(beta + token, mask=seen, other=0.0)
         if PARTS:
-            high, _, to_end, whole = load_decay(sums, plane, token, seen, live - 1, PARTS == 2)
+            high, low, to_end, whole = load_decay(sums, plane, token, seen, live - 1, PARTS == 2)
             from_start, to_end, whole = tl.exp2(high), tl.exp2(to_end), tl.exp2(whole)
             sums -= C
         # what needs q comes before the system is solved: fewer tiles are held at a time
@@ -109,7 +105,10 @@ def scan_pieces_back(
             read *= from_start[:, None]
             D *= whole
         D += tl.dot(tl.trans(xq), read.to(do.dtype), input_precision=PRECISION)
-        written += tl.dot(tl.trans(pairs), do, input_precision=PRECISION) * scale
+        # rows j, columns i: what one transposes must not be a product itself
+        pairs = tl.dot(xk, tl.trans(xq), input_precision=PRECISION)
+        pairs *= pair_decay(high, low, True, False, PARTS == 2) if PARTS else pair_mask(C, True, False)
+        written += tl.dot((pairs * scale).to(do.dtype), do, input_precision=PRECISION)
         solve = load_tile(inverse, token, seen, token, H * C, C, True)
         wrong = (written * strength[:, None]).to(do.dtype)
         wanted = tl.dot(tl.trans(solve), wrong, input_precision=PRECISION)
@@ -124,8 +123,6 @@ def scan_pieces_back(
         d_output -= C * H * V
         beta -= C
         inverse -= C * H * C
-        pairs = load_tile(reads, token, token < tl.where(turn < chunks - 1, C, 0), token, H * C, C, True)
-        reads -= C * H * C
     if LINK:
         tl.store(ends + piece_state + state_tile, D, mask=state_inside)
     elif START:

@@ -10,20 +10,20 @@ With S at the chunk's start, r the decay from there to a token, e from a token t
 import triton
 import triton.language as tl
 
-from momkit.kernels.gates import load_decay
+from momkit.kernels.gates import load_decay, pair_decay, pair_mask
 from momkit.kernels.layout import piece_of
 from momkit.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["T", "N", "count", "first_head", "scale"])
 def scan_pieces(
-    q, k, v, beta, inverse, reads, sums, initial_state, starts, moves, output, final_state, states, errors,
+    q, k, v, beta, inverse, sums, initial_state, starts, moves, output, final_state, states, errors,
     cu_seqlens, table, chunk_first, T, N, count, first_head, scale,
     H: tl.constexpr, HEADS: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr, SPLIT: tl.constexpr, READ: tl.constexpr,
     KEEP: tl.constexpr, LINK: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One piece of one head, BLOCK columns of its state. inverse, reads: see `chunk_pairs`.
+    """One piece of one head, BLOCK columns of its state. inverse: see `chunk_inverse`.
 
     A segment's first piece starts from initial_state `[N, H, K, V]`, without START from zeros; SPLIT: later ones from
     starts `[pieces, HEADS, K, V]`.
@@ -86,7 +86,6 @@ def scan_pieces(
         plane = tl.cast(T, tl.int64) * H
     if READ:
         q += keys
-        reads += (at * H + full_head) * C
         output += values
     if KEEP:
         chunk = tl.load(chunk_first + segment) + (begin - segment_begin) // C
@@ -94,10 +93,6 @@ def scan_pieces(
         errors += (at * HEADS + head) * V
 
     length = end - begin
-    if READ:
-        # held in registers from one chunk to the next: ahead of time, yet without a second place in shared memory
-        pairs = load_tile(reads, token, token < length, token, H * C, C, True)
-        reads += C * H * C
     for first in range(0, length, C):
         seen = token < length - first
         xk = load_tile(k, token, seen, row, G * K, K, K == ROWS)
@@ -106,7 +101,7 @@ def scan_pieces(
         strength = tl.load(beta + token, mask=seen, other=0.0)
         if PARTS:
             final = tl.minimum(C, length - first) - 1
-            high, _, to_end, whole = load_decay(sums, plane, token, seen, final, PARTS == 2)
+            high, low, to_end, whole = load_decay(sums, plane, token, seen, final, PARTS == 2)
             from_start, to_end, whole = tl.exp2(high), tl.exp2(to_end), tl.exp2(whole)
             sums += C
         if LINK:
@@ -114,6 +109,9 @@ def scan_pieces(
         narrow = S.to(dtype)
         if READ:
             xq = load_tile(q, token, seen, row, G * K, K, K == ROWS)
+            pairs = tl.dot(xq, tl.trans(xk), input_precision=PRECISION)
+            pairs *= pair_decay(high, low, False, False, PARTS == 2) if PARTS else pair_mask(C, False, False)
+            pairs = pairs.to(dtype)
             o = tl.dot(xq, narrow, input_precision=PRECISION)
             if PARTS:
                 o *= from_start[:, None]
@@ -136,8 +134,6 @@ def scan_pieces(
             o = tl.dot(pairs, written.to(dtype), o, input_precision=PRECISION)
             store_tile(output, o * scale, token, seen, column, H * V, V, V % BLOCK == 0)
             q += C * G * K
-            pairs = load_tile(reads, token, token < length - first - C, token, H * C, C, True)
-            reads += C * H * C
             output += C * H * V
         if PARTS:
             written *= to_end[:, None]

@@ -1,4 +1,4 @@
-"""Delta rules, what every chunk can do alone at first: the inverse of its triangular system, and what queries read.
+"""Delta rules, what every chunk can do alone at first: the inverse of its triangular system.
 
 Inside a chunk, what tokens write depends on what earlier tokens wrote. With P_ij = (k_i . k_j) decayed from j to i for
 j < i, and W_i = v_i - what k_i reads from the state at the chunk's start, the errors E_i = v_i - what k_i reads solve
@@ -17,15 +17,14 @@ from momkit.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["T", "N", "count"])
-def chunk_pairs(
-    x, k, beta, sums, out, table, T, N, count,
-    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+def chunk_inverse(
+    k, beta, sums, inverse, table, T, N, count,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x, k `[T, G, K]` -> out `[T, H, C]`, a token's row of Q: x_i . k_j, decayed from j to i, for j <= i.
+    """k `[T, G, K]`, beta `[H, T]` float32 -> inverse `[T, H, C]`, a token's row of (I + P diag(beta))^-1.
 
-    INVERSE, for x = k: its row of (I + P diag(beta))^-1 instead. beta `[H, T]` float32, sums `[PARTS, H, T]` of gates;
-    PARTS = 0: no gates.
+    sums `[PARTS, H, T]` of gates; PARTS = 0: no gates.
     """
     program = tl.program_id(0)
     head = program % H
@@ -36,15 +35,13 @@ def chunk_pairs(
     column = tl.arange(0, BLOCK)
     seen = token < end - begin
     row = begin.to(tl.int64)
-    out += (row * H + head) * C
+    inverse += (row * H + head) * C
     if segment == N:
-        store_tile(out, tl.zeros([C, C], tl.float32), token, seen, token, H * C, C, True)
+        store_tile(inverse, tl.zeros([C, C], tl.float32), token, seen, token, H * C, C, True)
         return
-    x += row * (G * K) + head // (H // G) * K
     k += row * (G * K) + head // (H // G) * K
 
-    if INVERSE:
-        strength = tl.load(beta + head.to(tl.int64) * T + begin + token, mask=seen, other=0.0)
+    strength = tl.load(beta + head.to(tl.int64) * T + begin + token, mask=seen, other=0.0)
     if PARTS:
         sums += head.to(tl.int64) * T + begin
         plane = tl.cast(T, tl.int64) * H
@@ -52,15 +49,10 @@ def chunk_pairs(
     pairs = tl.zeros([C, C], tl.float32)
     for first in range(0, K, BLOCK):
         xk = load_tile(k, token, seen, first + column, G * K, K, K % BLOCK == 0)
-        if INVERSE:
-            pairs += tl.dot(xk, tl.trans(xk), input_precision=PRECISION)
-        else:
-            xx = load_tile(x, token, seen, first + column, G * K, K, K % BLOCK == 0)
-            pairs += tl.dot(xx, tl.trans(xk), input_precision=PRECISION)
-    pairs *= pair_decay(high, low, False, INVERSE, PARTS == 2) if PARTS else pair_mask(C, False, INVERSE)
-    if INVERSE:
-        pairs = unit_lower_inverse(pairs * strength[None, :], PRECISION)
-    store_tile(out, pairs, token, seen, token, H * C, C, True)
+        pairs += tl.dot(xk, tl.trans(xk), input_precision=PRECISION)
+    pairs *= pair_decay(high, low, False, True, PARTS == 2) if PARTS else pair_mask(C, False, True)
+    solved = unit_lower_inverse(pairs * strength[None, :], PRECISION)
+    store_tile(inverse, solved, token, seen, token, H * C, C, True)
 
 
 @triton.jit
