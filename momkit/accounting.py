@@ -97,7 +97,7 @@ def flops_per_token(block: MoMBlock) -> dict[str, int]:
         "short_conv": 2 * J * convolved * (block.spec.conv_size or 0),
         "rule": J * count_flops(lambda: one_step(block.mechanism, x)),
         "combine": 2 * J * mixed.numel(),
-        "output": count_flops(lambda: block.output(mixed, x)),
+        "output": count_flops(lambda: block.output(mixed, torch.zeros(len(x), 1).long(), x[:, :1], None, x)),
     }
 
 

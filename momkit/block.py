@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from momkit.checks import FLOATS, check_finite, check_routing
+from momkit.decode import run_decode
 from momkit.errors import InputError
-from momkit.mechanisms.base import Context, Inputs, State
-from momkit.ops import combine, gated_rms_norm
+from momkit.mechanisms.base import Context, Inputs, Mechanism, State
+from momkit.ops import combine_norm, on_kernels
 from momkit.projection import Projections
 from momkit.registry import find_mechanism, find_router
 from momkit.routing.base import RouterContext, Routing
@@ -81,12 +82,16 @@ class MoMBlock(nn.Module):
             num_memories=self.spec.num_memories,
             shared_memory=self.spec.shared_memory,
         )
-        state = self.initial_state(num_sequences) if state is None else state
-        recurrent = {name: memory_major(tensor) for name, tensor in state.recurrent.items()}
-        history = {name: memory_major(tensor) for name, tensor in state.conv.items()}
+        recurrent: State | None = None
+        if state is None and type(self.mechanism).initial_state is Mechanism.initial_state:
+            # a scan that starts from zeros reads no states
+            history = self.project.empty_history(num_sequences * self.num_groups)
+        else:
+            state = self.initial_state(num_sequences) if state is None else state
+            recurrent = {name: memory_major(tensor) for name, tensor in state.recurrent.items()}
+            history = {name: memory_major(tensor) for name, tensor in state.conv.items()}
         slots, recurrent, history = self.update(tokens.x, plan, recurrent, history, self.backend)
-        mixed = combine(slots, plan.token_slot, routing.weights, tokens.mask)
-        y = tokens.restore(self.output(mixed, tokens.x))
+        y = tokens.restore(self.output(slots, plan.token_slot, routing.weights, tokens.mask, tokens.x))
         new_state = MoMState(
             {name: batch_first(tensor, self.num_groups) for name, tensor in recurrent.items()},
             {name: batch_first(tensor, self.num_groups) for name, tensor in history.items()},
@@ -108,30 +113,51 @@ class MoMBlock(nn.Module):
         routing = self.route(x, None)
         memory_ids, writes = choices(routing, self.spec.num_memories, self.spec.shared_memory)
         passes = [slice(None)] if writes is None else [slice(j, j + 1) for j in range(memory_ids.shape[1])]
+        take_step = self.step_fused if on_kernels(x) else self.step_slots
         slots, token_slot, seen = [], [], 0
         for columns in passes:
-            plan = make_step_plan(
-                memory_ids[:, columns], None if writes is None else writes[:, columns], self.num_groups
-            )
-            rows = (plan.slot_token, plan.memory)
-            output, recurrent, history = self.update(
-                x,
-                plan,
-                {name: tensor[rows] for name, tensor in state.recurrent.items()},
-                {name: tensor[rows] for name, tensor in state.conv.items()},
-                "reference",
-            )
-            for part, new in ((state.recurrent, recurrent), (state.conv, history)):
-                for name, tensor in part.items():
-                    tensor[rows] = new[name].to(tensor.dtype)
+            output, where = take_step(x, memory_ids[:, columns], None if writes is None else writes[:, columns], state)
             slots.append(output)
-            token_slot.append(plan.token_slot + seen)
+            token_slot.append(where + seen)
             seen += len(output)
-        mixed = combine(torch.cat(slots), torch.cat(token_slot, 1), routing.weights)
-        return MoMOutput(self.output(mixed, x), state, routing.aux_loss, routing)
+        y = self.output(torch.cat(slots), torch.cat(token_slot, 1), routing.weights, None, x)
+        return MoMOutput(y, state, routing.aux_loss, routing)
+
+    def step_slots(
+        self, x: Tensor, memory_ids: Tensor, writes: Tensor | None, state: MoMState
+    ) -> tuple[Tensor, Tensor]:
+        """One token of each sequence in some of its memories `[B, J]`: outputs of the slots, and the slot of each."""
+        plan = make_step_plan(memory_ids, writes, self.num_groups)
+        rows = (plan.slot_token, plan.memory)
+        output, recurrent, history = self.update(
+            x,
+            plan,
+            {name: tensor[rows] for name, tensor in state.recurrent.items()},
+            {name: tensor[rows] for name, tensor in state.conv.items()},
+            "reference",
+        )
+        for part, new in ((state.recurrent, recurrent), (state.conv, history)):
+            for name, tensor in part.items():
+                tensor[rows] = new[name].to(tensor.dtype)
+        return output, plan.token_slot
+
+    def step_fused(
+        self, x: Tensor, memory_ids: Tensor, writes: Tensor | None, state: MoMState
+    ) -> tuple[Tensor, Tensor]:
+        """The same in a handful of kernels, on states where they lie."""
+        (B, J), M = memory_ids.shape, self.num_groups
+        projected = self.project.step(x, memory_ids, writes, state.conv)
+        inputs = self.mechanism.prepare(projected)
+        if writes is not None:
+            inputs = self.mechanism.freeze(inputs, ~writes.flatten())
+        pool = {name: tensor.flatten(0, 1) for name, tensor in state.recurrent.items()}
+        row = memory_ids + M * torch.arange(B, device=x.device)[:, None]
+        output = run_decode(self.mechanism, inputs, pool, row.flatten())
+        output = self.mechanism.finish(output, inputs, projected)
+        return output.view(-1, *self.output_shape), torch.arange(B * J, device=x.device).view(B, J)
 
     def update(
-        self, x: Tensor, plan: DispatchPlan, recurrent: State, history: Inputs, backend: Backend
+        self, x: Tensor, plan: DispatchPlan, recurrent: State | None, history: Inputs, backend: Backend
     ) -> tuple[Tensor, State, Inputs]:
         """Slots of a plan through the mechanism: outputs `[R, H, V]`, final states and conv histories by segment."""
         projected, history = self.project(x, plan, history)
@@ -142,10 +168,10 @@ class MoMBlock(nn.Module):
         output = self.mechanism.finish(scanned.output, inputs, projected)
         return output.view(-1, *self.output_shape), scanned.final_state, history
 
-    def output(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """Norm over each head, gate, projection: `[T, H, V]` -> `[T, D]`."""
-        gate = None if self.gate_proj is None else self.gate_proj(x).view(mixed.shape)
-        normed = gated_rms_norm(mixed, self.norm_weight, gate, self.spec.norm_eps)
+    def output(self, slots: Tensor, token_slot: Tensor, weights: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+        """Sum over a token's slots, norm over each head, gate, projection: `[R, H, V]` -> `[T, D]`."""
+        gate = None if self.gate_proj is None else self.gate_proj(x).view(-1, *self.output_shape)
+        normed = combine_norm(slots, token_slot, weights, mask, self.norm_weight, gate, self.spec.norm_eps)
         projected: Tensor = self.out_proj(normed.flatten(1).to(x.dtype))
         return projected
 

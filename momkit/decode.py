@@ -11,9 +11,10 @@ from torch import Tensor
 
 from momkit.checks import check_inputs, checking_values
 from momkit.errors import BackendError, InputError
+from momkit.kernels.available import why_no_kernels
 from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, Sizes, State
 from momkit.mechanisms.reference import repeat_key_heads, scan_state_dtype
-from momkit.mechanisms.triton_scan import HAS_TRITON, MAX_DIM, interpreting
+from momkit.mechanisms.triton_scan import MAX_DIM
 from momkit.scan import BackendChoice, as_mechanism, log_choice, read_sizes
 
 DecodeBackend = Literal["auto", "reference", "triton"]
@@ -123,12 +124,8 @@ def why_no_kernel(mechanism: Mechanism, device: torch.device, dtype: torch.dtype
         return "the rule declares no affine structure"
     if type(mechanism).compose is not Mechanism.compose:
         return "the rule composes its scans itself"
-    if not HAS_TRITON:
-        return "triton is not installed"
-    if not interpreting() and device.type != "cuda":
-        return f"it runs on CUDA, not on {device.type} (TRITON_INTERPRET=1 interprets the kernel, slowly)"
-    if dtype == torch.float64:
-        return "the kernel keeps states in float32, not in float64"
+    if reason := why_no_kernels(device, dtype):
+        return reason
     if sizes and (wide := [axis for axis in "KV" if sizes.get(axis, 1) > MAX_DIM]):
         return f"{wide[0]} = {sizes[wide[0]]} is more than {MAX_DIM}"
     return None

@@ -1,4 +1,6 @@
-"""The steps around a scan in plain torch: grouped linear, short convolution, normalisation, combine.
+"""The steps around a scan: grouped linear, short convolution, normalisation, combine; fused on a GPU.
+
+The forms in plain torch define them, and run where kernels can't: on a CPU, in float64, for slots that only read.
 
 Letters: T packed tokens, J slots a token, R = T * J slots, N segments, C channels, W conv width, H heads, V value dim.
 """
@@ -8,6 +10,29 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from momkit.kernels.available import why_no_kernels
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether the steps around a scan run fused on tensors like `x`."""
+    return why_no_kernels(x.device, x.dtype) is None
+
+
+def project_slots(x: Tensor, weight: Tensor, offsets: Tensor, source: Tensor, token_slot: Tensor) -> Tensor:
+    """`grouped_linear` of the token that each slot reads.
+
+    x: `[T, D]`. source: `[R]`, the token of each slot. token_slot: `[T, J]`, its inverse.
+    On a GPU one grouped matrix product, in the dtype that autocast asks for.
+    """
+    if not on_kernels(x):
+        return grouped_linear(x.index_select(0, source), weight, offsets)
+    from momkit.kernels.grouped_linear import grouped_linear as kernel
+
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return kernel(x, weight, offsets, source, token_slot)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -121,6 +146,23 @@ def combine(slots: Tensor, token_slot: Tensor, weights: Tensor, mask: Tensor | N
     if mask is not None:
         mixed = torch.where(mask[:, None, None], mixed, 0.0)
     return mixed
+
+
+def combine_norm(
+    slots: Tensor,
+    token_slot: Tensor,
+    weights: Tensor,
+    mask: Tensor | None,
+    norm_weight: Tensor,
+    gate: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """`gated_rms_norm` of what `combine` gives, `[T, H, V]`; on a GPU in one kernel, in the dtype of slots."""
+    if not on_kernels(slots):
+        return gated_rms_norm(combine(slots, token_slot, weights, mask), norm_weight, gate, eps)
+    from momkit.kernels.combine import combine_norm as kernel
+
+    return kernel(slots, token_slot, weights, mask, norm_weight, gate, eps)
 
 
 def gated_rms_norm(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from momkit.errors import InputError
 from momkit.mechanisms.base import Inputs, Projection
-from momkit.ops import Windows, activate, grouped_linear, l2_normalize, short_conv
+from momkit.ops import Windows, activate, l2_normalize, on_kernels, project_slots, short_conv
 from momkit.routing.dispatch import DispatchPlan
 
 
@@ -46,30 +46,94 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor, plan: DispatchPlan, history: Inputs) -> tuple[Inputs, Inputs]:
         """`x` `[T, D]` and history name -> `[N, W-1, width]` to projections name -> `[R, *shape]` and new history."""
-        parts: Inputs = {}
+        per_token: Inputs = {}
+        per_slot: Inputs = {}
         if self.shared:
-            per_token = nn.functional.linear(x, self.shared_weight).index_select(0, plan.slot_token)
-            parts.update(split(per_token, self.shared))
+            per_token = split(nn.functional.linear(x, self.shared_weight), self.shared)
         if self.per_memory:
-            per_slot = grouped_linear(x.index_select(0, plan.slot_token), self.memory_weight, plan.memory_offsets)
-            parts.update(split(per_slot, self.per_memory))
+            order = (plan.memory_offsets, plan.slot_token, plan.token_slot)
+            per_slot = split(project_slots(x, self.memory_weight, *order), self.per_memory)
         for p in self.order:
             if p.bias:
                 bias = self.get_parameter(f"{p.name}_bias")
-                parts[p.name] = parts[p.name] + (bias if p.shared else bias.index_select(0, plan.memory))
+                if p.shared:
+                    per_token[p.name] = per_token[p.name] + bias
+                else:
+                    per_slot[p.name] = per_slot[p.name] + bias.index_select(0, plan.memory)
+        # kernels take slots that all write
+        convolve = self.convolve_fused if on_kernels(x) and plan.writes is None else self.convolve
+        return convolve(per_token, per_slot, plan, history)
+
+    def convolve(
+        self, per_token: Inputs, per_slot: Inputs, plan: DispatchPlan, history: Inputs
+    ) -> tuple[Inputs, Inputs]:
+        """Short convolution, activation and l2 norm in plain torch."""
+        parts = {name: rows.index_select(0, plan.slot_token) for name, rows in per_token.items()} | per_slot
         new_history: Inputs = {}
         if self.convolved:
             windows = Windows.of(plan.cu_seqlens, plan.segment, plan.writes, self.width)
             for p in self.convolved:
-                weight = self.get_parameter(f"{p.name}_conv_weight")
-                conv_bias = self.get_parameter(f"{p.name}_conv_bias") if p.conv_bias else None
-                y, new_history[p.name] = short_conv(parts[p.name], weight, conv_bias, history[p.name], windows)
+                weight, bias = self.conv_parameters(p)
+                assert weight is not None
+                y, new_history[p.name] = short_conv(parts[p.name], weight, bias, history[p.name], windows)
                 parts[p.name] = y
         projected: Inputs = {}
         for p in self.order:
             value = activate(parts[p.name], p.activation).view(-1, *p.shape)
             projected[p.name] = l2_normalize(value) if p.l2 else value
         return projected, new_history
+
+    def convolve_fused(
+        self, per_token: Inputs, per_slot: Inputs, plan: DispatchPlan, history: Inputs
+    ) -> tuple[Inputs, Inputs]:
+        """The same, one kernel a projection; rows of tokens are gathered there."""
+        from momkit.kernels.short_conv import conv_act_norm
+
+        projected, new_history = {}, {}
+        for p in self.order:
+            conv = self.conv_parameters(p)
+            if p.shared:
+                rows, source, token_slot = per_token[p.name], plan.slot_token, plan.token_slot
+            else:
+                rows, source, token_slot = per_slot[p.name], None, None
+            value, kept = conv_act_norm(
+                rows, source, *conv, history.get(p.name), plan.cu_seqlens, plan.segment, token_slot,
+                p.activation, p.shape[-1] if p.l2 else 0,
+            )  # fmt: skip
+            projected[p.name] = value.view(-1, *p.shape)
+            if p.name in history:
+                new_history[p.name] = kept
+        return projected, new_history
+
+    def step(self, x: Tensor, memory_ids: Tensor, writes: Tensor | None, history: Inputs) -> Inputs:
+        """One token of each sequence, `x` `[B, D]`, in memories `[B, J]`: projections name -> `[B * J, *shape]`.
+
+        In kernels; history name -> `[B, M, W-1, width]` changes in place where `writes` `[B, J]` is not False.
+        """
+        from momkit.kernels.step_conv import step_conv
+        from momkit.kernels.step_linear import step_linear
+
+        rows: Inputs = {}
+        if self.shared:
+            rows |= split(step_linear(x, self.shared_weight[None].to(x.dtype), None, False), self.shared)
+        if self.per_memory:
+            rows |= split(step_linear(x, self.memory_weight.to(x.dtype), memory_ids, False), self.per_memory)
+        projected: Inputs = {}
+        for p in self.order:
+            bias = self.get_parameter(f"{p.name}_bias") if p.bias else None
+            value = step_conv(
+                rows[p.name], bias, *self.conv_parameters(p), history.get(p.name), memory_ids, writes,
+                p.activation, p.shape[-1] if p.l2 else 0,
+            )  # fmt: skip
+            projected[p.name] = value.view(-1, *p.shape)
+        return projected
+
+    def conv_parameters(self, p: Projection) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of a projection's convolution, as far as it has them."""
+        if p not in self.convolved:
+            return None, None
+        bias = self.get_parameter(f"{p.name}_conv_bias") if p.conv_bias else None
+        return self.get_parameter(f"{p.name}_conv_weight"), bias
 
     def empty_history(self, n: int) -> Inputs:
         """The history of n segments that have seen nothing."""

@@ -278,7 +278,7 @@ def _(
     initial_state: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (T, H, V), K = v.shape, k.shape[2]
-    output, final_state = v.new_empty(v.shape), v.new_empty((len(cu_seqlens) - 1, H, K, V), dtype=torch.float32)
+    output, final_state = v.new_empty(v.shape), v.new_empty((cu_seqlens.shape[0] - 1, H, K, V), dtype=torch.float32)
     table = cu_seqlens.new_empty((4, torch.library.get_ctx().new_dynamic_size()), dtype=torch.int32)
     first = cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32)
     sums = v.new_empty(0) if g is None else final_state.new_empty((gate_parts(v.dtype), H, T))

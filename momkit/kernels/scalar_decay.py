@@ -143,7 +143,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     places, count = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))
     (T, H, V), K = v.shape, k.shape[-1]
-    final_state = v.new_empty((len(cu_seqlens) - 1, H, K, V), dtype=torch.float32)
+    final_state = v.new_empty((cu_seqlens.shape[0] - 1, H, K, V), dtype=torch.float32)
     starts = final_state.new_empty((places, H, K, V))
     table = cu_seqlens.new_empty((4, count), dtype=torch.int32)
     sums = v.new_empty(0) if g is None else final_state.new_empty((gate_parts(v.dtype), H, T))

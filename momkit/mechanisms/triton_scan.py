@@ -3,17 +3,16 @@
 This file knows rules and families; the kernels take plain tensors and know neither.
 """
 
-import os
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from momkit.errors import BackendError
+from momkit.kernels.available import HAS_TRITON as HAS_TRITON
+from momkit.kernels.available import interpreting as interpreting
+from momkit.kernels.available import why_no_kernels
 from momkit.mechanisms.base import Affine, Inputs, Mechanism, Sizes, State, Structure
 
 MAX_DIM = 256
-HAS_TRITON = find_spec("triton") is not None
 
 
 def family_of(structure: Structure) -> str | None:
@@ -38,27 +37,12 @@ def why_not_triton(
         return "the rule declares no affine structure"
     if missing := [s for s in structures if family_of(s) is None]:
         return f"no kernel family serves {missing[0]}"
-    if not HAS_TRITON:
-        return "triton is not installed"
-    if device and device.type != "cuda" and not interpreting():
-        return f"it runs on CUDA, not on {device.type} (TRITON_INTERPRET=1 interprets the kernels, slowly)"
-    if device and device.type == "cuda" and torch.version.hip:
-        return "the kernels are written for NVIDIA GPUs"
-    if device and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    if dtype == torch.float64:
-        return "kernels compute in float32 or narrower, not in float64"
-    if dtype == torch.bfloat16 and interpreting():
-        return "Triton's interpreter multiplies bfloat16 wrongly"
+    if reason := why_no_kernels(device, dtype):
+        return reason
     for axis, most in (("K", MAX_DIM), ("V", MAX_DIM - mechanism.extra_columns)):
         if sizes and sizes.get(axis, 1) > most:
             return f"{axis} = {sizes[axis]} is more than {most}"
     return None
-
-
-def interpreting() -> bool:
-    """Whether Triton interprets kernels on a CPU; it reads this once, when it is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def scan_triton(

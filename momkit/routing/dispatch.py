@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from momkit.kernels.available import why_no_kernels
 from momkit.routing.base import Routing
 
 
@@ -59,6 +60,13 @@ def make_plan(
     num_tokens, J = memory_ids.shape
     num_sequences = len(cu_seqlens) - 1
     num_groups = num_memories + shared_memory
+    if why_no_kernels(memory_ids.device) is None:
+        from momkit.kernels.dispatch import plan_slots
+
+        slot_token, token_slot, bounds, segment, memory, offsets = plan_slots(memory_ids, cu_seqlens, mask, num_groups)
+        if writes is not None:
+            writes = torch.empty_like(writes).flatten().index_copy(0, token_slot.flatten(), writes.flatten())
+        return DispatchPlan(slot_token, token_slot, bounds, segment, memory, offsets, writes)
     num_segments = num_groups * num_sequences
     segment = memory_ids * num_sequences + sequence_of_token(cu_seqlens, num_tokens)[:, None]
     if mask is not None:

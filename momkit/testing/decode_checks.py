@@ -12,8 +12,8 @@ from torch import Tensor
 
 from momkit.decode import BACKENDS, DecodeBackend, choose_decode_backend, decode
 from momkit.errors import BackendError
+from momkit.kernels.available import interpreting
 from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, State
-from momkit.mechanisms.triton_scan import interpreting
 from momkit.testing.devices import CPU
 from momkit.testing.drawing import Draw, drawn
 from momkit.testing.oracle import step_by_step

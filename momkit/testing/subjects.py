@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from momkit.block import MoMBlock
+from momkit.kernels.available import interpreting
 from momkit.mechanisms.base import Context, Inputs, Mechanism, MechanismSpec, Sizes
-from momkit.mechanisms.triton_scan import interpreting, why_not_triton
+from momkit.mechanisms.triton_scan import why_not_triton
 from momkit.registry import registry, temporarily
 from momkit.routing.base import Router, RouterContext, RouterSpec
 from momkit.scan import Backend, ScanOutput, run, scan
