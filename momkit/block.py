@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from momkit.checks import FLOATS, check_finite, check_routing
-from momkit.decode import run_decode
+from momkit.decode import choose_decode_backend, run_decode
 from momkit.errors import InputError
+from momkit.kernels.available import why_no_kernels
 from momkit.mechanisms.base import Context, Inputs, Mechanism, State
 from momkit.ops import combine_norm, on_kernels
 from momkit.projection import Projections
@@ -150,9 +151,15 @@ class MoMBlock(nn.Module):
         inputs = self.mechanism.prepare(projected)
         if writes is not None:
             inputs = self.mechanism.freeze(inputs, ~writes.flatten())
-        pool = {name: tensor.flatten(0, 1) for name, tensor in state.recurrent.items()}
-        row = memory_ids + M * torch.arange(B, device=x.device)[:, None]
+        states, b = state.recurrent, torch.arange(B, device=x.device)[:, None]
+        # a forward pass leaves states memory by memory
+        by_memory = all(tensor.transpose(0, 1).is_contiguous() for tensor in states.values())
+        pool = {name: memory_major(x) if by_memory else x.flatten(0, 1) for name, x in states.items()}
+        row = memory_ids * B + b if by_memory else b * M + memory_ids
         output = run_decode(self.mechanism, inputs, pool, row.flatten())
+        if not by_memory and not all(tensor.is_contiguous() for tensor in states.values()):
+            for name, tensor in states.items():
+                tensor.copy_(pool[name].view_as(tensor))
         output = self.mechanism.finish(output, inputs, projected)
         return output.view(-1, *self.output_shape), torch.arange(B * J, device=x.device).view(B, J)
 
@@ -201,13 +208,16 @@ class MoMBlock(nn.Module):
         )
 
     def backend_report(self) -> dict[str, BackendChoice]:
-        """Which backend runs what, and why."""
+        """Which backend runs what, and why: the scan, a decoding step, and the layer's own steps around them."""
         weight = self.out_proj.weight
+        device, sizes, rule = weight.device, self.mechanism.sizes, self.mechanism
+        reason = why_no_kernels(device, weight.dtype)
+        state = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        step = BackendChoice("reference", "one token is one step of the rule")
         return {
-            "scan": choose_backend(
-                self.mechanism, self.backend, device=weight.device, dtype=weight.dtype, sizes=self.mechanism.sizes
-            ),
-            "step": BackendChoice("reference", "one token is one step of the rule"),
+            "scan": choose_backend(rule, self.backend, device=device, dtype=weight.dtype, sizes=sizes),
+            "step": step if reason else choose_decode_backend(rule, device=device, dtype=state, sizes=sizes),
+            "layer": BackendChoice("torch" if reason else "triton", reason or "kernels run around the scan"),
         }
 
     def parameter_groups(self, weight_decay: float = 0.1) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def choose_decode_backend(
     if backend == "auto":
         reason = why_no_kernel(mechanism, device, dtype, sizes)
         if device.type == "cuda" and reason is None:
-            choice = BackendChoice("triton", "one kernel decodes any rule that is one affine scan")
+            choice = BackendChoice("triton", "one kernel decodes all rows")
         else:
             choice = BackendChoice("reference", f"its step decodes, not triton, since {reason or 'tensors are on cpu'}")
         if not torch.compiler.is_compiling():
@@ -120,14 +120,18 @@ def choose_decode_backend(
 
 def why_no_kernel(mechanism: Mechanism, device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> str | None:
     """Why the kernel can't decode with a rule on tensors like these, None if it can."""
-    if mechanism.structure is None:
-        return "the rule declares no affine structure"
-    if type(mechanism).compose is not Mechanism.compose:
-        return "the rule composes its scans itself"
+    limits = mechanism.kernel_limits
+    if not mechanism.has_decode_kernel:
+        if mechanism.structure is None:
+            return "the rule declares no affine structure, and has no kernel of its own"
+        if type(mechanism).compose is not Mechanism.compose:
+            return "the rule composes its scans itself"
+        limits = {"K": MAX_DIM, "V": MAX_DIM}
     if reason := why_no_kernels(device, dtype):
         return reason
-    if sizes and (wide := [axis for axis in "KV" if sizes.get(axis, 1) > MAX_DIM]):
-        return f"{wide[0]} = {sizes[wide[0]]} is more than {MAX_DIM}"
+    for axis, most in limits.items():
+        if sizes and sizes.get(axis, 1) > most:
+            return f"{axis} = {sizes[axis]} is more than {most}"
     return None
 
 
@@ -159,7 +163,9 @@ def along(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def decode_triton(mechanism: Mechanism, inputs: Inputs, pool: State, state_index: Tensor, sizes: Sizes) -> Tensor:
-    """One launch for all rows, for a rule that is one affine scan."""
+    """One launch for all rows, for a rule that is one affine scan or has a kernel of its own."""
+    if mechanism.has_decode_kernel:
+        return mechanism.decode_kernel(inputs, pool, state_index)
     from momkit.kernels.decode import decode_rows
 
     structure = mechanism.structure

@@ -53,13 +53,10 @@ class MoMState:
         return self._map(torch.Tensor.detach)
 
     def cut(self) -> None:
-        """Forget the graph that made this state, in place: what changes values in place has no gradient.
-
-        Tensors are made contiguous, as kernels that change them want them.
-        """
+        """Forget the graph that made this state, in place: what changes values in place has no gradient."""
         for part in (self.recurrent, self.conv):
             for name, tensor in part.items():
-                part[name] = tensor.detach().contiguous()
+                part[name] = tensor.detach()
 
     @torch.no_grad()
     def reset(self, where: Tensor, initial: "MoMState") -> None:

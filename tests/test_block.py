@@ -141,12 +141,25 @@ def test_an_optimizer_step_lowers_the_loss(mechanism):
 def test_backend_report(mechanism):
     block = make(mechanism=mechanism)
     report = block.backend_report()
-    assert set(report) == {"scan", "step"}
+    assert set(report) == {"scan", "step", "layer"}
+    assert report["layer"].backend == "torch"
     assert report["scan"].backend == ("chunked" if block.mechanism.has_chunked_form else "reference")
     assert report["step"].backend == "reference"
     assert all(choice.reason for choice in report.values())
     asked = MoMSpec(hidden_size=D, mechanism=mechanism).build(backend="reference").backend_report()
     assert asked["scan"] == BackendChoice("reference", "asked for")
+
+
+def test_decay_rates_stay_wide_in_a_narrow_block():
+    block = make()
+    before = block.mechanism.A_log.detach().clone()
+    block.mechanism.A_log.grad = torch.ones_like(before)
+    block.bfloat16()
+    assert block.out_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(block.mechanism.A_log, before) and block.mechanism.dt_bias.dtype == torch.float32
+    assert block.mechanism.A_log.grad.dtype == torch.float32
+    assert block(tokens(1, 3, D).bfloat16()).hidden_states.dtype == torch.bfloat16
+    assert block.double().mechanism.A_log.dtype == torch.float64
 
 
 @every_block

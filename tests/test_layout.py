@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # a module may import what stands in a lower line, or in its own package
 LAYERS = [
-    ("errors", "hookspecs"),
+    ("errors", "hookspecs", "precision"),
     ("kernels",),
     ("ops",),
     ("mechanisms", "routing", "tasks"),

@@ -284,7 +284,7 @@ def test_why_there_is_no_kernel():
         choose_backend(as_mechanism("titans"), "triton", device=cuda)
     with pytest.raises(BackendError, match="no kernel family serves"):
         choose_backend(gla, "triton")
-    with pytest.raises(BackendError, match="runs on CUDA, not on cpu"):
+    with pytest.raises(BackendError, match="kernels run on CUDA, not on cpu"):
         choose_backend(delta, "triton", device=torch.device("cpu"))
     with pytest.raises(BackendError, match="not in float64"):
         choose_backend(delta, "triton", dtype=torch.float64)

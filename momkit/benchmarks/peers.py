@@ -1,16 +1,20 @@
-"""Other libraries' kernels behind the signature of `cases.Scan`, so that they can be measured beside ours."""
+"""Other libraries' kernels and layers behind signatures of ours, so that they can be measured beside ours."""
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from momkit.benchmarks.cases import Scan
 from momkit.errors import InputError
 from momkit.mechanisms.base import Inputs
+from momkit.mechanisms.gated_deltanet import GatedDeltaNetSpec
+from momkit.routing.softmax_topk import SoftmaxTopKSpec
 from momkit.scan import as_mechanism
+from momkit.spec import MoMSpec
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,11 @@ def peer_function(peer: str, rule: str) -> Callable[..., Any]:
     check_peer(peer)
     if rule not in PEERS[peer]:
         raise InputError(f"peer {peer!r} has no counterpart of {rule!r}; it has: {', '.join(PEERS[peer])}")
-    op = PEERS[peer][rule]
+    return load(peer, PEERS[peer][rule])
+
+
+def load(peer: str, op: PeerOp) -> Callable[..., Any]:
+    """A function or class of a peer; InputError when it can't be loaded."""
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(op.module), op.function)
     except Exception as fault:  # whatever a peer does when it is imported, it can't be measured
@@ -68,3 +76,60 @@ def peer_scan(peer: str, rule: str) -> Scan:
         return output.squeeze(0), None
 
     return call
+
+
+# x [B, T, D] -> output [B, T, D], load-balance loss or None
+LayerCall = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+PEER_LAYERS: dict[str, dict[str, PeerOp]] = {
+    "fla": {
+        "mom": PeerOp("fla.layers", "MomAttention"),
+        "gated_deltanet": PeerOp("fla.layers", "GatedDeltaNet"),
+    }
+}
+
+
+def peer_layer(peer: str, name: str, spec: MoMSpec) -> nn.Module:
+    """The peer's layer of the sizes of `spec`, whose rule must be gated_deltanet: bfloat16, gate parameters float32.
+
+    name: "mom" for its Mixture-of-Memories, "gated_deltanet" for the rule alone, with one memory.
+    """
+    heads = cast(GatedDeltaNetSpec, spec.mechanism)
+    fields: dict[str, Any] = {"hidden_size": spec.hidden_size, "num_heads": heads.num_heads, "head_dim": heads.head_dim}
+    fields |= {"expand_v": 1, "conv_size": spec.conv_size, "norm_eps": spec.norm_eps, "layer_idx": 0}
+    if name == "mom":
+        router = cast(SoftmaxTopKSpec, spec.router)
+        fields |= {"num_memories": spec.num_memories, "topk": router.top_k, "shared_mem": spec.shared_memory}
+    layer: nn.Module = load(peer, PEER_LAYERS[peer][name])(**fields)
+    layer = layer.to(torch.bfloat16)
+    for parameter in (layer.A_log, layer.dt_bias):
+        parameter.data = cast(Tensor, parameter.data).float()
+    return layer
+
+
+def peer_layer_call(peer: str, layer: nn.Module) -> LayerCall:
+    """Forward of a peer's layer, with the peer's own load-balance loss where it routes."""
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, _, _, *router_logits = layer(x)
+        if not router_logits:
+            return output, None
+        return output, balance(tuple(router_logits), layer.num_memories, layer.topk)
+
+    balance = load(peer, PeerOp("fla.models.mom.modeling_mom", "load_balancing_loss_func"))
+    return call
+
+
+def peer_step(peer: str, layer: nn.Module, prompt: Tensor) -> Callable[[Tensor], Tensor]:
+    """One decoding step of a peer's layer, `[B, D]` to `[B, D]`, after a prompt `[B, T, D]`."""
+    cache = load(peer, PeerOp("fla.models.utils", "Cache"))()
+    layer = layer.eval()
+    with torch.no_grad():
+        layer(prompt, past_key_values=cache, use_cache=True)
+
+    def step(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            output: Tensor = layer(x[:, None], past_key_values=cache, use_cache=True)[0]
+        return output[:, 0]
+
+    return step

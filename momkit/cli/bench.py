@@ -1,33 +1,46 @@
 """`momkit bench`: measure speed, side by side, and write the result with hardware and versions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from momkit.benchmarks import cpu, cuda, cuda_report
+from momkit.benchmarks import cpu, cuda, cuda_report, layer_report
+from momkit.benchmarks import layer as whole_layer
 from momkit.benchmarks.peers import PEERS, check_peer
 from momkit.errors import InputError
+
+SECTIONS = f"{', '.join(cuda.SECTIONS)}; with --layer: {', '.join(whole_layer.SECTIONS)}"
+REPORTS: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu.markdown, "layer": layer_report.markdown}
 
 
 def bench(
     device: Annotated[str, typer.Option(help="What to measure: cpu or cuda.")] = "cpu",
     peer: Annotated[str | None, typer.Option(help=f"On cuda, measure beside it: {', '.join(PEERS)}.")] = None,
     family: Annotated[str, typer.Option(help=f"On cuda, which kernels: {', '.join(cuda.CASES)} or all.")] = "all",
-    only: Annotated[list[str] | None, typer.Option(help=f"On cuda, a section: {', '.join(cuda.SECTIONS)}.")] = None,
+    layer: Annotated[bool, typer.Option("--layer", help="On cuda, measure a whole MoM block instead.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"On cuda, a section: {SECTIONS}.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write NAME.json and NAME.md to.")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Calls of each candidate: 7 on cpu, 30 on cuda.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")] = False,
 ) -> None:
-    """Time the chunked form and MoM blocks on a CPU, or fused kernels on a GPU; exit code 1 if results disagree."""
+    """Time the chunked form and blocks on a CPU, fused kernels or a block on a GPU; exit code 1 if results disagree."""
     try:
         if device == "cpu":
             if peer is not None or only or family != "all":
                 raise InputError("--peer, --family and --only belong to --device cuda")
+            if layer:
+                raise InputError("--layer belongs to --device cuda")
             documents = {"cpu": bench_cpu(out, rounds or 7)}
         elif device == "cuda":
-            documents = bench_cuda(peer, family, only or [], out, rounds or 30)
+            if layer and family != "all":
+                raise InputError("--family chooses kernels; it does not go with --layer")
+            if layer:
+                documents = {"layer": bench_layer(peer, only or [], out, rounds or 30)}
+            else:
+                documents = bench_cuda(peer, family, only or [], out, rounds or 30)
         else:
             raise InputError(f"device = {device!r}; allowed: cpu, cuda")
     except ArithmeticError as fault:
@@ -40,7 +53,7 @@ def bench(
         from rich.markdown import Markdown
 
         for name, result in documents.items():
-            Console().print(Markdown((cpu if name == "cpu" else cuda_report).markdown(result)))
+            Console().print(Markdown(REPORTS.get(name, cuda_report.markdown)(result)))
 
 
 def bench_cpu(out: Path | None, rounds: int) -> dict[str, Any]:
@@ -68,6 +81,18 @@ def bench_cuda(peer: str | None, family: str, only: list[str], out: Path | None,
             write(out, f"cuda_{name}", result, cuda_report.markdown(result))
             documents[name] = result
     return documents
+
+
+def bench_layer(peer: str | None, only: list[str], out: Path | None, rounds: int) -> dict[str, Any]:
+    """Measure a whole block; what is measured is written after each section."""
+    if peer is not None:
+        check_peer(peer)
+    whole_layer.sections_of(only)
+    document: dict[str, Any] = {}
+    for document in whole_layer.measure(only, cuda.Options(rounds, peer), lambda line: typer.echo(line, err=True)):
+        document["bars"] = layer_report.bars(document)
+        write(out, "cuda_layer", document, layer_report.markdown(document))
+    return document
 
 
 def write(out: Path | None, name: str, result: dict[str, Any], text: str) -> None:

@@ -116,13 +116,13 @@ def weights_product(y: Tensor, x: Tensor, offsets: Tensor, source: Tensor | None
     return W
 
 
-def token_sums(rows: Tensor, offsets: Tensor, token_slot: Tensor) -> Tensor:
-    """The sum of each token's rows, those past the last group left out: `[R, D]`, `[T, J]` -> `[T, D]`."""
+def token_sums(rows: Tensor, token_slot: Tensor) -> Tensor:
+    """The sum of each token's rows: `[R, D]`, `[T, J]` -> `[T, D]`."""
     (T, J), D = token_slot.shape, rows.shape[1]
     sums = rows.new_empty((T, D))
     launch(
         token_sums_kernel, cdiv(T, ROWS) * cdiv(D, COLUMNS),
-        (rows, token_slot.contiguous(), offsets, sums), (T, J, len(offsets) - 1), D, ROWS, COLUMNS,
+        (rows, token_slot.contiguous(), sums), (T, J), D, ROWS, COLUMNS,
     )  # fmt: skip
     return sums
 
@@ -166,7 +166,7 @@ def backward(
     if wants_x:
         dx = rows_product(d_output, weight, offsets, None, True)
         if token_slot is not None:
-            dx = token_sums(dx, offsets, token_slot)
+            dx = token_sums(dx, token_slot)
     if wants_weight:
         d_weight = weights_product(d_output, x, offsets, packed(source))
     return dx, d_weight
@@ -258,21 +258,18 @@ def weights_kernel(
     store_tile(weight + group.to(tl.int64) * (N * D), sums, n, n < N, d, D, D, D % BD == 0)
 
 
-@triton.jit(do_not_specialize=["T", "J", "groups"])
-def token_sums_kernel(
-    rows, token_slot, offsets, sums, T, J, groups, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
+@triton.jit(do_not_specialize=["T", "J"])
+def token_sums_kernel(rows, token_slot, sums, T, J, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
     """rows `[R, D]`, token_slot `[T, J]`, sums `[T, D]`; one program a (BT tokens, BD columns)."""
     TILES: tl.constexpr = (D + BD - 1) // BD
     pid = tl.program_id(0)
     tokens, columns = (pid // TILES).to(tl.int64) * BT + tl.arange(0, BT), pid % TILES * BD + tl.arange(0, BD)
-    covered = tl.load(offsets + groups)
+    live = tokens < T
     total = tl.zeros([BT, BD], tl.float32)
     for j in range(J):
-        slot = tl.load(token_slot + tokens * J + j, mask=tokens < T, other=0).to(tl.int64)
-        live = (tokens < T) & (slot < covered)
+        slot = tl.load(token_slot + tokens * J + j, mask=live, other=0).to(tl.int64)
         total += load_tile(rows, slot, live, columns, D, D, D % BD == 0).to(tl.float32)
-    store_tile(sums, total, tokens, tokens < T, columns, D, D, D % BD == 0)
+    store_tile(sums, total, tokens, live, columns, D, D, D % BD == 0)
 
 
 @triton.jit(do_not_specialize=["R", "groups"])

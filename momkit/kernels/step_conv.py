@@ -35,10 +35,11 @@ def step_conv(
     """y = l2(act(sum_w weight_w x_{t-W+1+w} + conv_bias)), x_t = x + bias, of each slot: `[S, width]` as x.
 
     x: `[S, width]`, or `[B, width]` for a projection that memories share, any row stride. bias: `[M, width]`, or
-    `[1, width]` for all. weight: `[width, W]`, conv_bias `[width]`; history: `[B, M, W - 1, width]`, contiguous, oldest
-    first, None where weight is: no convolution. memory_ids: `[B, J]` int64, no memory twice in a row. writes: `[B, J]`
-    bool, False at slots that leave the history as it was. activation: none, silu, tanh or sigmoid. norm_size: l2 joins
-    as many neighbouring channels, x / sqrt(sum x^2 + 1e-6); 0 for none. Sums are float32. It gives no gradients.
+    `[1, width]` for all. weight: `[width, W]`, conv_bias `[width]`; history: `[B, M, W - 1, width]`, its last two axes
+    contiguous, oldest first, None where weight is: no convolution. memory_ids: `[B, J]` int64, no memory twice in a
+    row. writes: `[B, J]` bool, False at slots that leave the history as it was. activation: none, silu, tanh or
+    sigmoid. norm_size: l2 joins as many neighbouring channels, x / sqrt(sum x^2 + 1e-6); 0 for none. Sums are float32.
+    It gives no gradients.
     Raises InputError for an unknown activation, and a history that does not fit.
     """
     if activation not in ACTIVATIONS:
@@ -49,10 +50,9 @@ def step_conv(
     if weight is not None and history is not None:
         groups, past = history.shape[1], weight.shape[1] - 1
         wanted = (B, groups, past, width)
-        if history.shape != wanted or not history.is_contiguous():
-            raise InputError(
-                f"history has shape {tuple(history.shape)}, strides {history.stride()}; allowed: {wanted}, contiguous"
-            )
+        if history.shape != wanted or (B and not history[0, 0].is_contiguous()):
+            found = f"history has shape {tuple(history.shape)}, strides {history.stride()}"
+            raise InputError(f"{found}; allowed: {wanted}, the last two axes contiguous")
     y = x.new_empty((B * J, width))
     x = x if x.stride(1) == 1 else x.contiguous()
     block = padded(norm_size) if norm_size else min(MOST_CHANNELS, padded(width))
@@ -61,7 +61,7 @@ def step_conv(
     launch(
         step_conv_kernel, B * J * cdiv(width, size),
         (x, *others, history, memory_ids.contiguous(), None if writes is None else writes.contiguous(), y),
-        (x.stride(0), J, B * J // max(1, len(x)), groups),
+        (x.stride(0), J, B * J // max(1, len(x)), *((0, 0) if history is None else history.stride()[:2])),
         width, past, rows_of_history, size, block, bias is not None and len(bias) > 1, activation, norm_size > 0,
         num_warps=1 if block <= MOST_CHANNELS else 4,
     )  # fmt: skip
@@ -81,9 +81,9 @@ def _(
     return x.new_empty((memory_ids.numel(), x.shape[1]))
 
 
-@triton.jit(do_not_specialize=["x_stride", "J", "readers", "groups"])
+@triton.jit(do_not_specialize=["x_stride", "J", "readers", "row_stride", "memory_stride"])
 def step_conv_kernel(
-    x, bias, weight, conv_bias, history, memory_ids, writes, y, x_stride, J, readers, groups,
+    x, bias, weight, conv_bias, history, memory_ids, writes, y, x_stride, J, readers, row_stride, memory_stride,
     WIDTH: tl.constexpr, PAST: tl.constexpr, BP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     BIASES: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +106,7 @@ def step_conv_kernel(
         if PAST > 0:
             past = tl.arange(0, BP)[:, None]
             seen = (past < PAST) & inside[None, :]
-            kept = history + (slot // J * groups + memory) * (PAST * WIDTH) + channels[None, :]
+            kept = history + slot // J * row_stride + memory * memory_stride + channels[None, :]
             old = tl.load(kept + past * WIDTH, mask=seen, other=0.0)
             taps = tl.load(weight + channels[None, :] * (PAST + 1) + past, mask=seen, other=0.0)
             out += tl.sum(old.to(tl.float32) * taps.to(tl.float32), 0)

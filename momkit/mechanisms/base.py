@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from momkit.errors import InputError
+from momkit.precision import StaysWide
 
 Inputs = dict[str, Tensor]
 State = dict[str, Tensor]
@@ -176,7 +177,7 @@ class Affine:
 AffineScan = Callable[[Structure, Affine, Tensor], tuple[Tensor, Tensor]]
 
 
-class Mechanism(nn.Module):
+class Mechanism(StaysWide):
     """An update rule. Subclass it, set `Spec`, write `step`, and say what it needs; everything else follows.
 
     The docstring of a rule has three paragraphs: one sentence, the equation, the paper.
@@ -186,6 +187,9 @@ class Mechanism(nn.Module):
     name: ClassVar[str]
     output_axes: ClassVar[str] = "H V"
     value_input: ClassVar[str] = "v"
+    wide: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
+    # the largest sizes that a kernel of the rule's own takes
+    kernel_limits: ClassVar[dict[str, int]] = {}
     # columns that the state of an affine scan has besides those of the values
     extra_columns: int = 0
     structure: Structure | None = None
@@ -255,6 +259,28 @@ class Mechanism(nn.Module):
     def structures(self) -> tuple[Structure, ...]:
         """The structures of the affine scans that `compose` runs; a composite rule states its own."""
         return () if self.structure is None else (self.structure,)
+
+    def scan_kernel(self, inputs: Inputs, cu_seqlens: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The scan on a fused kernel of the rule's own, where no family's serves it; a state of None is zeros.
+
+        Inputs and states are float32 or narrower; rows that no segment covers come out as zeros.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no kernel of its own")
+
+    def decode_kernel(self, inputs: Inputs, pool: State, state_index: Tensor) -> Tensor:
+        """One token of each row on a fused kernel of the rule's own: `pool[state_index]` changes in place.
+
+        An index of -1 is padding: its output is zeros.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no kernel of its own")
+
+    @property
+    def has_scan_kernel(self) -> bool:
+        return type(self).scan_kernel is not Mechanism.scan_kernel
+
+    @property
+    def has_decode_kernel(self) -> bool:
+        return type(self).decode_kernel is not Mechanism.decode_kernel
 
     @property
     def has_chunked_form(self) -> bool:

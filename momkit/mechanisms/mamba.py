@@ -55,6 +55,8 @@ class Mamba(Mechanism):
     output_axes = "channels"
     value_input = "x"
 
+    kernel_limits: ClassVar[dict[str, int]] = {"N": 256}
+
     def make_parameters(self) -> None:
         channels, N, rank = (self.sizes[a] for a in ("channels", "N", "rank"))
         self.x_proj = nn.Linear(channels, rank + 2 * N, bias=False)
@@ -100,3 +102,17 @@ class Mamba(Mechanism):
     def freeze(self, inputs: Inputs, where: Tensor) -> Inputs:
         # x stays: its way past the state, D x, belongs to the read
         return inputs | {"dt": where_frozen(inputs["dt"], where, 0.0)}
+
+    def scan_kernel(self, inputs: Inputs, cu_seqlens: Tensor, state: State | None) -> tuple[Tensor, State]:
+        from momkit.kernels.selective_scan import selective_scan
+
+        x, dt, A, B, C, D = take(inputs, "x dt A B C D")
+        output, h = selective_scan(x, dt, A.float(), B, C, D, cu_seqlens, None if state is None else state["h"])
+        return output, {"h": h}
+
+    def decode_kernel(self, inputs: Inputs, pool: State, state_index: Tensor) -> Tensor:
+        from momkit.kernels.mamba_decode import decode_channels
+
+        x, dt, A, B, C, D = take(inputs, "x dt A B C D")
+        output: Tensor = decode_channels(x, dt, A.float(), B, C, D, pool["h"], state_index)
+        return output

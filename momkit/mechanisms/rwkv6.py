@@ -43,6 +43,8 @@ class RWKV6(Mechanism):
     spec: RWKV6Spec
     structure = Structure(decay="key", read="before")
 
+    wide = ("w0",)
+
     def make_parameters(self) -> None:
         H, K = self.sizes["H"], self.sizes["K"]
         height = depth(self.context)

@@ -55,6 +55,8 @@ class RWKV7(Mechanism):
     spec: RWKV7Spec
     structure = Structure(decay="key", erase="low_rank", erase_sees="previous")
 
+    wide = ("decay_bias",)
+
     def make_parameters(self) -> None:
         H, K = self.sizes["H"], self.sizes["K"]
         self.decay_weight = nn.Parameter(low_rank_up(self.sizes["decay_low_rank"], H * K))

@@ -1,4 +1,5 @@
-"""The Triton scan: affine rules on the fused kernels of their family, chosen by the structure they declare.
+"""The Triton scan: affine rules on the fused kernels of their family, chosen by the structure they declare; others on
+a kernel of their own.
 
 This file knows rules and families; the kernels take plain tensors and know neither.
 """
@@ -32,14 +33,17 @@ def why_not_triton(
     sizes: Sizes | None = None,
 ) -> str | None:
     """Why the Triton kernels can't run a rule on tensors like these, None if they can; what is not given may be any."""
-    structures = mechanism.structures()
-    if not structures:
-        return "the rule declares no affine structure"
-    if missing := [s for s in structures if family_of(s) is None]:
-        return f"no kernel family serves {missing[0]}"
+    limits = mechanism.kernel_limits
+    if not mechanism.has_scan_kernel:
+        structures = mechanism.structures()
+        if not structures:
+            return "the rule declares no affine structure, and has no kernel of its own"
+        if missing := [s for s in structures if family_of(s) is None]:
+            return f"no kernel family serves {missing[0]}"
+        limits = {"K": MAX_DIM, "V": MAX_DIM - mechanism.extra_columns}
     if reason := why_no_kernels(device, dtype):
         return reason
-    for axis, most in (("K", MAX_DIM), ("V", MAX_DIM - mechanism.extra_columns)):
+    for axis, most in limits.items():
         if sizes and sizes.get(axis, 1) > most:
             return f"{axis} = {sizes[axis]} is more than {most}"
     return None
@@ -48,8 +52,10 @@ def why_not_triton(
 def scan_triton(
     mechanism: Mechanism, inputs: Inputs, cu_seqlens: Tensor, initial_state: State | None, sizes: Sizes
 ) -> tuple[Tensor, State]:
-    """Run an affine rule over every segment; rows that no segment covers come out as zeros."""
-
+    """Run a rule over every segment; rows that no segment covers come out as zeros."""
+    if mechanism.has_scan_kernel:
+        start = None if initial_state is None else {name: tensor.float() for name, tensor in initial_state.items()}
+        return mechanism.scan_kernel(inputs, cu_seqlens.contiguous(), start)
     if initial_state is None:
         nothing = torch.zeros((), device=cu_seqlens.device)
         shapes = mechanism.state_spec(sizes)

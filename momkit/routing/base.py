@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
+
+from momkit.precision import StaysWide
 
 
 class RouterSpec(BaseModel):
@@ -48,7 +50,7 @@ class Routing:
     logits: Tensor
 
 
-class Router(nn.Module):
+class Router(StaysWide):
     """A routing rule. Subclass it, set `Spec`, and write `slots` and `route`.
 
     The docstring of a router has three paragraphs, as a rule's: one sentence, the equation, the paper.

@@ -1,7 +1,6 @@
 """Sigmoid top-k routing with loss-free balancing."""
 
-from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +33,8 @@ class SigmoidTopK(Router):
     spec: SigmoidTopKSpec
     bias: Tensor
 
+    wide = ("bias",)
+
     def __init__(self, spec: SigmoidTopKSpec, context: RouterContext) -> None:
         super().__init__(spec, context)
         self.weight = router_weight(context)
@@ -63,11 +64,3 @@ class SigmoidTopK(Router):
         # in counts, where a balanced load is exactly zero away from its mean
         direction = (load.sum() - len(self.bias) * load).sign()
         self.bias.add_(direction.to(self.bias), alpha=self.spec.update_rate)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # in half precision a bias stops moving once it outgrows the update rate: `module.bfloat16()` must not cast it
-        bias = self.bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.bias.dtype not in (torch.float32, torch.float64):
-            self.bias = bias.to(self.bias.device, torch.float32)
-        return self

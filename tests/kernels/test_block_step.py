@@ -195,6 +195,13 @@ def test_batches(B, J, M, shared):
     assert_conv(conv_case(B, J, M, shared=shared))
 
 
+def test_a_bias_counts_as_the_history_keeps_it():
+    case = conv_case(dtype=torch.float16, shared=True)
+    found, expected = (conv_found(c, "none", 0) for c in (case, case | {"x": case["x"] + case["bias"], "bias": None}))
+    for name, x in expected.items():
+        assert_equal(found[name], x, name)
+
+
 def test_history_wider_than_inputs():
     assert_conv(conv_case(dtype=torch.float16, history=torch.float32))
 
@@ -210,10 +217,19 @@ def test_columns_of_a_wide_projection_and_poisoned_memory():
     case = conv_case()
     expected = conv_found(case, "silu", 20)
     wide = torch.cat([torch.full((6, 3), torch.nan), case["x"], torch.full((6, 5), torch.nan)], 1)
-    with poisoned_empty():
-        found = conv_found(case | {"x": wide[:, 3:43]}, "silu", 20)
-    for name, x in expected.items():
-        assert_equal(found[name], x, name)
+    for x in (wide[:, 3:43], case["x"].t().contiguous().t()):
+        with poisoned_empty():
+            found = conv_found(case | {"x": x}, "silu", 20)
+        for name, value in expected.items():
+            assert_equal(found[name], value, name)
+
+
+def test_a_history_may_lie_memory_by_memory():
+    case = conv_case()
+    other = case | {"history": case["history"].transpose(0, 1).contiguous().transpose(0, 1)}
+    expected = step_conv(**case, activation="silu", norm_size=0)
+    assert torch.equal(step_conv(**other, activation="silu", norm_size=0), expected)
+    assert torch.equal(other["history"], case["history"])
 
 
 def test_wrong_arguments_are_named():
@@ -223,7 +239,7 @@ def test_wrong_arguments_are_named():
     for wrong in (
         case["history"][:, :, 1:],
         case["history"][1:],
-        case["history"].transpose(0, 1).contiguous().transpose(0, 1),
+        case["history"].transpose(2, 3).contiguous().transpose(2, 3),
     ):
         with pytest.raises(InputError, match="history has shape"):
             step_conv(**(case | {"history": wrong}), activation="silu", norm_size=0)
@@ -266,8 +282,7 @@ def test_steps_of_a_block():
             r["q"], r["k"], r["v"], r["g"], None, None, r["beta"], None, None, None, pool, state_index,
             12**-0.5, False, False,
         )  # fmt: skip
-        mixed = ops.combine(slots, torch.arange(B * J).view(B, J), routing.weights)
-        y = block.output(mixed, x)
+        y = block.output(slots, torch.arange(B * J).view(B, J), routing.weights, None, x)
         assert error(y, expected.hidden_states) <= FLOOR[torch.float32]
         assert error(state.recurrent["S"], truth.recurrent["S"]) <= FLOOR[torch.float32]
         for name in truth.conv:

@@ -1,6 +1,7 @@
 """The plan's kernels under Triton's interpreter, equal to the plan in torch: `TRITON_INTERPRET=1 pytest`."""
 
 from itertools import accumulate
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from momkit.errors import InputError
 from momkit.mechanisms.triton_scan import interpreting
+from momkit.routing import dispatch as routing_dispatch
 from momkit.routing.base import Routing
-from momkit.routing.dispatch import make_plan
+from momkit.routing.dispatch import DispatchPlan, make_plan
 from momkit.testing.poison import poisoned_empty
 from momkit.testing.tolerances import assert_equal
 
@@ -38,11 +40,15 @@ def some(T, seed=0) -> Tensor:
     return torch.rand(T, generator=torch.Generator().manual_seed(seed)) < 0.6
 
 
+def plan_in_torch(memory_ids, cu_seqlens, mask, num_groups) -> DispatchPlan:
+    routing = Routing(torch.ones(memory_ids.shape), memory_ids, None, torch.zeros(()), torch.zeros(0))
+    with mock.patch.object(routing_dispatch, "why_no_kernels", return_value="they are what is tested"):
+        return make_plan(routing, cu_seqlens, mask, num_memories=num_groups, shared_memory=False)
+
+
 def assert_same_plan(memory_ids, cu_seqlens, mask, num_groups, expected_mask=None) -> None:
     """All parts of the plan bit for bit, every element written; expected_mask: for the plan in torch, if another."""
-    routing = Routing(torch.ones(memory_ids.shape), memory_ids, None, torch.zeros(()), torch.zeros(0))
-    mask_in_torch = mask if expected_mask is None else expected_mask
-    expected = make_plan(routing, cu_seqlens, mask_in_torch, num_memories=num_groups, shared_memory=False)
+    expected = plan_in_torch(memory_ids, cu_seqlens, mask if expected_mask is None else expected_mask, num_groups)
     with poisoned_empty():
         found = plan_slots(memory_ids, cu_seqlens, mask, num_groups)
     for name, x in zip(PARTS, found, strict=True):

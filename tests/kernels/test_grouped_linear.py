@@ -19,7 +19,7 @@ if not interpreting():
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
 from momkit.kernels import grouped_linear as module
-from momkit.kernels.grouped_linear import grouped_linear, uses_grouped_mm
+from momkit.kernels.grouped_linear import aligned, grouped_linear, uses_grouped_mm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -169,6 +169,16 @@ def test_one_gradient(wanted):
     y = grouped_linear(case.x, case.weight, case.offsets, case.source, case.token_slot)
     found = results_of({"y": y}, {wanted: leaf}, ["y"])
     assert_equal(found[f"gradient of {wanted}"], expected, wanted)
+
+
+def test_what_grouped_mm_takes():
+    weight = torch.arange(1, 31).bfloat16().view(2, 3, 5)
+    filled = aligned(weight)
+    assert filled.shape == (2, 8, 8) and filled.sum() == weight.sum()
+    assert_equal(filled[:, :3, :5], weight, "filled up")
+    shifted = torch.arange(129).bfloat16()[1:].view(16, 8)
+    assert shifted.data_ptr() % 16 and not aligned(shifted).data_ptr() % 16
+    assert_equal(aligned(shifted), shifted, "moved")
 
 
 def test_which_form_runs():
