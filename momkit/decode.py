@@ -13,11 +13,12 @@ from momkit.checks import check_inputs, checking_values
 from momkit.errors import BackendError, InputError
 from momkit.kernels.available import why_no_kernels
 from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, Sizes, State
+from momkit.mechanisms.generated_scan import decode_generated, why_not_generated
 from momkit.mechanisms.reference import repeat_key_heads, scan_state_dtype
 from momkit.mechanisms.triton_scan import MAX_DIM
 from momkit.scan import BackendChoice, as_mechanism, log_choice, read_sizes
 
-DecodeBackend = Literal["auto", "reference", "triton"]
+DecodeBackend = Literal["auto", "reference", "triton", "generated"]
 DecodeFunction = Callable[[Mechanism, Inputs, State, Tensor, Sizes], Tensor]
 
 # what a structure calls for, in the letters of `Affine`
@@ -50,8 +51,8 @@ def decode(
     pool: name -> `[P, *shape]`, contiguous, float32, or float64 with float64 inputs; updated in place.
     state_index: `[B]` int32 or int64, the pool row of each row, distinct; -1 is a padding row: its output is zeros and
         it changes no state.
-    backend: "reference" (the rule's step), "triton" (one fused kernel on a GPU), or "auto"; one that can't run the
-        rule is a BackendError.
+    backend: "reference" (the rule's step), "triton" (one fused kernel on a GPU), "generated" (one made from its step),
+        or "auto"; one that can't run the rule is a BackendError.
     Returns the output `[B, *output_axes]` in the dtype of the values. It never synchronises with a GPU, and gives no
     gradients.
     Raises InputError for a wrong argument, naming it; UnknownNameError for an unknown mechanism.
@@ -103,11 +104,7 @@ def choose_decode_backend(
     """
     device = device or torch.device("cpu")
     if backend == "auto":
-        reason = why_no_kernel(mechanism, device, dtype, sizes)
-        if device.type == "cuda" and reason is None:
-            choice = BackendChoice("triton", "one kernel decodes all rows")
-        else:
-            choice = BackendChoice("reference", f"its step decodes, not triton, since {reason or 'tensors are on cpu'}")
+        choice = best_decode_backend(mechanism, device, dtype, sizes)
         if not torch.compiler.is_compiling():
             log_choice(f"{mechanism.name} (decoding)", choice)
         return choice
@@ -115,7 +112,24 @@ def choose_decode_backend(
         raise BackendError(f"backend = {backend!r} is unknown; known: {', '.join(get_args(DecodeBackend))}")
     if backend == "triton" and (reason := why_no_kernel(mechanism, device, dtype, sizes)):
         raise BackendError(f"backend = 'triton' can't decode {mechanism.name!r}: {reason}")
+    if backend == "generated" and (reason := why_not_generated_step(mechanism, device, dtype, sizes)):
+        raise BackendError(f"backend = 'generated' can't decode {mechanism.name!r}: {reason}")
     return BackendChoice(backend, "asked for")
+
+
+def best_decode_backend(
+    mechanism: Mechanism, device: torch.device, dtype: torch.dtype, sizes: Sizes | None
+) -> BackendChoice:
+    """Kernels on a GPU where there can be any, else the rule's step."""
+    if device.type != "cuda":
+        return BackendChoice("reference", f"its step decodes, not triton, since tensors are on {device.type}")
+    reason = why_no_kernel(mechanism, device, dtype, sizes)
+    if reason is None:
+        return BackendChoice("triton", "one kernel decodes all rows")
+    other = why_not_generated_step(mechanism, device, dtype, sizes)
+    if other is None:
+        return BackendChoice("generated", f"a kernel is made from its step; not triton, since {reason}")
+    return BackendChoice("reference", f"its step decodes, not triton, since {reason}; not generated, since {other}")
 
 
 def why_no_kernel(mechanism: Mechanism, device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> str | None:
@@ -133,6 +147,16 @@ def why_no_kernel(mechanism: Mechanism, device: torch.device, dtype: torch.dtype
         if sizes and sizes.get(axis, 1) > most:
             return f"{axis} = {sizes[axis]} is more than {most}"
     return None
+
+
+def why_not_generated_step(
+    mechanism: Mechanism, device: torch.device, dtype: torch.dtype, sizes: Sizes | None
+) -> str | None:
+    """Why a kernel made from its step can't decode with a rule on tensors like these, None if it can."""
+    with_heads = ["H" in axes.split() for axes in mechanism.state_axes().values()]
+    if any(with_heads) and not all(with_heads):
+        return "programs of several heads would change a state that has none"
+    return why_not_generated(mechanism, device, dtype, sizes)
 
 
 def decode_reference(mechanism: Mechanism, inputs: Inputs, pool: State, state_index: Tensor, sizes: Sizes) -> Tensor:
@@ -246,4 +270,8 @@ def check_state_index(state_index: Tensor, batch_size: int, num_rows: int, devic
         raise InputError(f"state_index holds {rows}; allowed: no pool row twice")
 
 
-BACKENDS: dict[str, DecodeFunction] = {"reference": decode_reference, "triton": decode_triton}
+BACKENDS: dict[str, DecodeFunction] = {
+    "reference": decode_reference,
+    "triton": decode_triton,
+    "generated": decode_generated,
+}

@@ -16,13 +16,20 @@ from momkit.checks import check_cu_seqlens, check_input_names, check_inputs, che
 from momkit.errors import BackendError, InputError
 from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, Sizes, State, axes_of
 from momkit.mechanisms.chunked import scan_chunked
+from momkit.mechanisms.generated_scan import scan_generated, why_not_generated
 from momkit.mechanisms.reference import scan_reference, scan_state_dtype
 from momkit.mechanisms.triton_scan import scan_triton, why_not_triton
 from momkit.registry import find_mechanism
 
-Backend = Literal["auto", "reference", "chunked", "triton"]
+Backend = Literal["auto", "reference", "chunked", "triton", "generated"]
 ScanFunction = Callable[[Mechanism, Inputs, Tensor, State | None, Sizes], tuple[Tensor, State]]
-BACKENDS: dict[str, ScanFunction] = {"reference": scan_reference, "chunked": scan_chunked, "triton": scan_triton}
+BACKENDS: dict[str, ScanFunction] = {
+    "reference": scan_reference,
+    "chunked": scan_chunked,
+    "triton": scan_triton,
+    "generated": scan_generated,
+}
+KERNELS = {"triton": why_not_triton, "generated": why_not_generated}
 
 logger = logging.getLogger("momkit")
 
@@ -59,8 +66,8 @@ def scan(
     cu_seqlens: `[N + 1]` int32 or int64, bounds of the segments; None is one segment. Segments may be empty.
     initial_state: name -> `[N, *shape]`, or `[P, *shape]` with `state_index` `[N]`, the pool rows to start from; None
         is zeros.
-    backend: "reference" (steps), "chunked" (matmul form), "triton" (fused kernels on a GPU), or "auto"; one that can't
-        run the rule is a BackendError.
+    backend: "reference" (steps), "chunked" (matmul form), "triton" (fused kernels of its family or its own, on a
+        GPU), "generated" (a fused kernel made from its step), or "auto"; one that can't run the rule is a BackendError.
     Raises InputError for a wrong input, naming it; UnknownNameError for an unknown mechanism or backend.
     """
     rule = as_mechanism(mechanism)
@@ -123,21 +130,25 @@ def choose_backend(
         raise BackendError(
             f"backend = 'chunked' can't run {mechanism.name!r}: it declares no affine structure that has one"
         )
-    if backend == "triton" and (reason := why_not_triton(mechanism, device, dtype, sizes)):
-        raise BackendError(f"backend = 'triton' can't run {mechanism.name!r}: {reason}")
+    if backend in KERNELS and (reason := KERNELS[backend](mechanism, device, dtype, sizes)):
+        raise BackendError(f"backend = {backend!r} can't run {mechanism.name!r}: {reason}")
     return BackendChoice(backend, "asked for")
 
 
 def best_backend(
     mechanism: Mechanism, device: torch.device | None, dtype: torch.dtype | None, sizes: Sizes | None
 ) -> BackendChoice:
-    """Kernels on a GPU where there are any, else the matmul form where there is one, else steps."""
+    """Kernels on a GPU where there can be any, else the matmul form where there is one, else steps."""
     unless = ""
     if device and device.type == "cuda":
         reason = why_not_triton(mechanism, device, dtype, sizes)
         if reason is None:
-            return BackendChoice("triton", "a kernel family serves the rule's structure")
+            return BackendChoice("triton", "a kernel family serves the rule's structure, or it has a kernel of its own")
         unless = f"; not triton, since {reason}"
+        reason = why_not_generated(mechanism, device, dtype, sizes)
+        if reason is None:
+            return BackendChoice("generated", "a kernel is made from the rule's step" + unless)
+        unless += f"; not generated, since {reason}"
     if mechanism.has_chunked_form:
         return BackendChoice("chunked", "the rule is affine in its state, so the chunked matmul form applies" + unless)
     reason = "the rule declares no affine structure with a chunked form, so its step is lifted"

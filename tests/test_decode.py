@@ -207,8 +207,9 @@ def test_auto_says_what_decodes_and_why(name):
     rule, cuda = as_mechanism(name), torch.device("cuda")
     assert choose_decode_backend(rule).backend == "reference"
     choice = choose_decode_backend(rule, device=cuda)
-    assert choice.backend == ("triton" if name in ON_KERNEL else "reference")
-    if name not in ON_KERNEL:
+    served = name in ON_KERNEL or rule.has_decode_kernel
+    assert choice.backend == ("triton" if served else "generated")
+    if not served:
         words = "composes its scans itself" if rule.structure else "no affine structure"
         assert words in choice.reason
         with pytest.raises(BackendError, match=f"'triton' can't decode '{name}': the rule .*{words}"):
@@ -223,7 +224,7 @@ def test_auto_names_what_keeps_it_from_the_kernel():
 
 
 def test_the_kernel_is_imported_only_where_it_runs():
-    code = "import sys, momkit.decode; sys.exit('triton' in sys.modules or 'momkit.kernels' in sys.modules)"
+    code = "import sys, momkit.decode; sys.exit('triton' in sys.modules or 'momkit.kernels.decode' in sys.modules)"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 

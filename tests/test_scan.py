@@ -278,12 +278,12 @@ def test_what_is_impossible_is_refused(name):
 
 def test_why_there_is_no_kernel():
     """Each reason not to take the kernels, in the order in which they are looked for."""
-    gla, delta = as_mechanism("gla"), as_mechanism("gated_deltanet")
+    kda, delta = as_mechanism("kda"), as_mechanism("gated_deltanet")
     cuda = torch.device("cuda")
     with pytest.raises(BackendError, match="'triton' can't run 'titans': the rule declares no affine structure"):
         choose_backend(as_mechanism("titans"), "triton", device=cuda)
     with pytest.raises(BackendError, match="no kernel family serves"):
-        choose_backend(gla, "triton")
+        choose_backend(kda, "triton")
     with pytest.raises(BackendError, match="kernels run on CUDA, not on cpu"):
         choose_backend(delta, "triton", device=torch.device("cpu"))
     with pytest.raises(BackendError, match="not in float64"):

@@ -21,7 +21,8 @@ def why_no_kernels(device: torch.device | None = None, dtype: torch.dtype | None
         return f"kernels run on CUDA, not on {device.type} (TRITON_INTERPRET=1 interprets them, slowly)"
     if device and device.type == "cuda" and torch.version.hip:
         return "the kernels are written for NVIDIA GPUs"
-    if device and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    here = device is not None and device.type == "cuda" and torch.cuda.is_available()
+    if here and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if dtype == torch.float64:
         return "kernels compute in float32 or narrower, not in float64"

@@ -18,8 +18,11 @@ MAX_DIM = 256
 
 def family_of(structure: Structure) -> str | None:
     """The kernel family that serves a structure, None if none does."""
-    decay = structure.decay in ("none", "constant", "head")
-    if not decay or structure.read != "after":
+    if structure.decay in ("key", "value"):
+        # a bonus of what is read before belongs to key channels
+        served = structure.erase == "none" and (structure.decay == "key" or structure.read == "after")
+        return "channel" if served else None
+    if structure.read != "after":
         return None
     if structure.erase == "none":
         return "scalar"
@@ -40,7 +43,7 @@ def why_not_triton(
             return "the rule declares no affine structure, and has no kernel of its own"
         if missing := [s for s in structures if family_of(s) is None]:
             return f"no kernel family serves {missing[0]}"
-        limits = {"K": MAX_DIM, "V": MAX_DIM - mechanism.extra_columns}
+        limits = {"K": MAX_DIM, "V": MAX_DIM - mechanism.extra_columns, "slots": MAX_DIM}
     if reason := why_no_kernels(device, dtype):
         return reason
     for axis, most in limits.items():
@@ -66,22 +69,31 @@ def scan_triton(
 
     def affine(structure: Structure, x: Affine, S0: Tensor) -> tuple[Tensor, Tensor]:
         # states that are known to be zeros need not be read
-        return affine_scan(structure, x, cu_seqlens, None if any(S0 is z for z in zeros) else S0)
+        return affine_scan(structure, x, cu_seqlens, None if any(S0 is z for z in zeros) else S0, dtype)
 
+    dtype = inputs[mechanism.value_input].dtype
     output, final = mechanism.compose(inputs, state, affine)
-    return output.to(inputs[mechanism.value_input].dtype), final
+    return output.to(dtype), final
 
 
-def affine_scan(structure: Structure, x: Affine, cu_seqlens: Tensor, S0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One affine scan on its family's kernels; q, k and v are multiplied in the widest of their dtypes."""
-    dtype = torch.promote_types(torch.promote_types(x.q.dtype, x.k.dtype), x.v.dtype)
-    q, k, v = (tensor.to(dtype) for tensor in (x.q, x.k, x.v))
+def affine_scan(
+    structure: Structure, x: Affine, cu_seqlens: Tensor, S0: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One affine scan on its family's kernels.
+
+    q, k and v are multiplied in the widest of their dtypes; where a rule makes some of them from gates, which are
+    float32, in `dtype`, that of the rule's values.
+    """
+    family = family_of(structure)
+    if family != "channel":
+        dtype = torch.promote_types(torch.promote_types(x.q.dtype, x.k.dtype), x.v.dtype)
+    q, k, v, gk = x.q.to(dtype), x.k.to(dtype), x.v.to(dtype), x.gk if structure.decay == "key" else None
     if q.shape[1] != k.shape[1]:
         heads = max(q.shape[1], k.shape[1])
         q, k = (tensor.repeat_interleave(heads // tensor.shape[1], 1) for tensor in (q, k))
+        gk = None if gk is None else gk.repeat_interleave(heads // gk.shape[1], 1)
     cu_seqlens = cu_seqlens.contiguous()
-    g = None if structure.decay == "none" else x.need("g").float()
-    family = family_of(structure)
+    g = x.need("g").float() if structure.decay in ("constant", "head") else None
     result: tuple[Tensor, Tensor]
     if family == "scalar":
         from momkit.kernels.scalar_decay import scalar_scan
@@ -92,6 +104,11 @@ def affine_scan(structure: Structure, x: Affine, cu_seqlens: Tensor, S0: Tensor 
 
         beta = x.need("beta")
         result = delta_scan(q, k, v, g, beta.expand(v.shape[:2]), cu_seqlens, S0, x.scale)
+    elif family == "channel":
+        from momkit.kernels.channel_decay import channel_scan
+
+        gv = x.need("gv") if structure.decay == "value" else None
+        result = channel_scan(q, k, v, gk, gv, x.u, cu_seqlens, S0, x.scale, structure.read == "before")
     else:
         raise BackendError(f"backend = 'triton': no kernel family serves {structure}, which structures() must state")
     return result

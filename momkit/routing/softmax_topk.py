@@ -7,6 +7,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from momkit.errors import InputError
+from momkit.ops import on_kernels
 from momkit.routing.balance import load_balance_loss
 from momkit.routing.base import Router, RouterContext, RouterSpec, Routing
 
@@ -70,6 +71,16 @@ class SoftmaxTopK(Router):
         return self.spec.top_k
 
     def route(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        if on_kernels(x) and on_kernels(self.weight):
+            from momkit.kernels.route import fits, route_top_k
+
+            if fits(len(self.weight), self.spec.top_k):
+                weights, memory_ids, logits, aux_loss = route_top_k(x, self.weight, mask, self.spec.top_k)
+                return Routing(weights, memory_ids, None, aux_loss, logits)
+        return self.route_in_torch(x, mask)
+
+    def route_in_torch(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        """The definition of `route`, and its form where no kernel can run."""
         logits = router_logits(x, self.weight)
         weights, memory_ids = top_k_softmax(logits, self.spec.top_k)
         return Routing(weights, memory_ids, None, load_balance_loss(logits.softmax(-1), memory_ids, mask), logits)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from momkit.block import MoMBlock
 from momkit.kernels.available import interpreting
 from momkit.mechanisms.base import Context, Inputs, Mechanism, MechanismSpec, Sizes
-from momkit.mechanisms.triton_scan import why_not_triton
 from momkit.registry import registry, temporarily
 from momkit.routing.base import Router, RouterContext, RouterSpec
-from momkit.scan import Backend, ScanOutput, run, scan
+from momkit.scan import KERNELS, Backend, ScanOutput, run, scan
 from momkit.spec import MoMSpec
 from momkit.testing.devices import CPU
 
@@ -106,19 +105,20 @@ class ScanSubject(RuleSubject):
     @property
     def environment(self) -> dict[str, str]:
         where = {} if self.device.type == "cpu" else {"MOMKIT_DEVICE": self.device.type}
-        return where | ({"TRITON_INTERPRET": "1"} if self.backend == "triton" and interpreting() else {})
+        return where | ({"TRITON_INTERPRET": "1"} if self.backend in KERNELS and interpreting() else {})
 
     @cached_property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """What inputs may be, as far as it makes a difference."""
-        if self.backend == "triton":
+        if self.backend in KERNELS:
             every = (torch.float32, torch.float16, torch.bfloat16)
-            return tuple(dtype for dtype in every if why_not_triton(self.rule, self.device, dtype) is None)
+            why_not = KERNELS[self.backend]
+            return tuple(dtype for dtype in every if why_not(self.rule, self.device, dtype, None) is None)
         return torch.float32, torch.float64, torch.bfloat16
 
     @property
     def computes_in(self) -> tuple[torch.dtype, ...]:
-        """What it multiplies in: kernels in the dtype of the inputs, the others in that of the state."""
+        """What it multiplies in: families' kernels in the dtype of the inputs, the others in that of the state."""
         return self.dtypes if self.backend == "triton" else (torch.float32, torch.float64)
 
     def multiplied_in(self, dtype: torch.dtype) -> torch.dtype:

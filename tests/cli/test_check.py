@@ -75,7 +75,7 @@ def test_all_covers_everything_registered():
         (["gla", "--only", "check_nothing"], "check_nothing"),
         (["gla", "--profile", "fast"], "MOMKIT_PROFILE = 'fast'"),
         (["gla", "--device", "gpu"], "MOMKIT_DEVICE = 'gpu'"),
-        (["gla", "--backend", "triton"], "no kernel family serves"),
+        (["kda", "--backend", "triton"], "no kernel family serves"),
         (["gla", "--wrong"], "--wrong"),
     ],
 )
