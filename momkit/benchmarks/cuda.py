@@ -28,13 +28,14 @@ from momkit.benchmarks.cases import (
     results,
 )
 from momkit.benchmarks.cuda_decode import decoding
-from momkit.benchmarks.peers import peer_function, peer_scan
+from momkit.benchmarks.peers import PEERS, check_peer, peer_function, peer_scan
 from momkit.benchmarks.timing import as_dict, captured, environment, interleaved_cuda, peak_bytes
 from momkit.errors import BackendError, InputError
 
 CASES = {
     "scalar": (Case("mamba2", 16, 128), Case("mamba2", 4, 256)),
     "delta": (Case("deltanet", 16, 128), Case("gated_deltanet", 16, 128), Case("gated_deltanet", 4, 256)),
+    "channel": (Case("gla", 16, 128), Case("gla", 4, 256), Case("hgrn2", 16, 128), Case("rwkv6", 16, 128)),
     "decode": (Case("gated_deltanet", 16, 128), Case("gated_deltanet", 4, 256)),
 }
 SEGMENT = 1024
@@ -59,7 +60,7 @@ def ragged(cases: Sequence[Case], options: Options) -> Iterator[dict[str, Any]]:
         work, scans = Work.of(case, ragged_lengths()), {"momkit": momkit_scan(case)}
         row: dict[str, Any] = {**case.facts, "tokens": TOKENS, "segments": len(work.cu_seqlens) - 1}
         row["from_float64"] = check_against_float64(case, scans["momkit"], work)
-        if options.peer:
+        if options.peer and case.rule in PEERS[options.peer]:
             row |= add_peer(options.peer, case, work, scans)
         row["forward"] = timings({name: forward(call, work) for name, call in scans.items()}, options)
         both = {name: forward_backward(call, work) for name, call in scans.items()}
@@ -215,8 +216,10 @@ def measure(
     check_cuda()
     load_triton()
     if options.peer:
+        check_peer(options.peer)
         for case in CASES[family]:
-            peer_function(options.peer, case.rule)
+            if case.rule in PEERS[options.peer]:
+                peer_function(options.peer, case.rule)
     what = "bfloat16 with float32 gates and states; medians between CUDA events, candidates interleaved, L2 flushed"
     result = {"what": what, "family": family, "rounds": options.rounds, "peer": options.peer}
     result |= environment("cuda", ("momkit", "torch", "triton", *([options.peer] if options.peer else [])))

@@ -81,10 +81,12 @@ def chunk_gradients(
         # what is loaded tile by tile
         fetch_tile(gates + source, token, end - begin - 1, 0, ALL, HX * K, K)
         fetch_tile(y + source, token, end - begin - 1, 0, ALL, HX * K, K)
-        fetch_tile(states, every, K - 1, 0, V, V, V)
         if BY_Y:
             fetch_tile(x + source, token, end - begin - 1, 0, ALL, HX * K, K)
-            fetch_tile(d_states, every, K - 1, 0, V, V, V)
+        for start in tl.static_range(0, V, BLOCK):
+            fetch_tile(states, every, K - 1, start, BLOCK, V, V)
+            if BY_Y:
+                fetch_tile(d_states, every, K - 1, start, BLOCK, V, V)
     # rows i, columns j: derivatives by pairs, above the diagonal those of pair j, i, by a product of their own
     lower = tl.zeros([C, C], tl.float32)
     upper = tl.zeros([C, C], tl.float32)

@@ -43,13 +43,13 @@ class DecodeSubject(RuleSubject):
     @property
     def environment(self) -> dict[str, str]:
         where = {} if self.device.type == "cpu" else {"MOMKIT_DEVICE": self.device.type}
-        return where | ({"TRITON_INTERPRET": "1"} if self.backend == "triton" and interpreting() else {})
+        return where | ({"TRITON_INTERPRET": "1"} if self.backend != "reference" and interpreting() else {})
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """What inputs may be, as far as it makes a difference."""
         narrow = (torch.float32, torch.float16, torch.bfloat16)
-        return narrow if self.backend == "triton" else (*narrow, torch.float64)
+        return (*narrow, torch.float64) if self.backend == "reference" else narrow
 
 
 def decode_subjects(

@@ -119,7 +119,9 @@ class ScanSubject(RuleSubject):
     @property
     def computes_in(self) -> tuple[torch.dtype, ...]:
         """What it multiplies in: families' kernels in the dtype of the inputs, the others in that of the state."""
-        return self.dtypes if self.backend == "triton" else (torch.float32, torch.float64)
+        if self.backend == "triton":
+            return self.dtypes
+        return (torch.float32,) if self.backend == "generated" else (torch.float32, torch.float64)
 
     def multiplied_in(self, dtype: torch.dtype) -> torch.dtype:
         """What it multiplies inputs of `dtype` in."""

@@ -29,6 +29,9 @@ DELTA = [
 ]
 
 
+CHANNEL = ["gla", "hgrn2", "rwkv6", "gsa"]
+
+
 @parametrize_with_checks(SCALAR, only="-triton-", backend="triton", device=CUDA)
 def test_scalar_family(check):
     check()
@@ -36,6 +39,21 @@ def test_scalar_family(check):
 
 @parametrize_with_checks(DELTA, only="-triton-", backend="triton", device=CUDA)
 def test_delta_family(check):
+    check()
+
+
+@parametrize_with_checks(CHANNEL, only="-triton-", backend="triton", device=CUDA)
+def test_channel_family(check):
+    check()
+
+
+@parametrize_with_checks(["mamba"], only="-triton-", backend="triton", device=CUDA)
+def test_selective_scan(check):
+    check()
+
+
+@parametrize_with_checks(registry().names("mechanism"), only="-generated-", backend="generated", device=CUDA)
+def test_generated(check):
     check()
 
 

@@ -20,6 +20,7 @@ RULES = [
     "mamba2",
     "deltanet",
     "gated_deltanet",
+    "mamba",
     LinearAttentionSpec(normalize=True),
     DeltaNetSpec(allow_neg_eigval=True),
     GatedDeltaNetSpec(allow_neg_eigval=True),

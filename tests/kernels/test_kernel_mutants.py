@@ -37,6 +37,8 @@ from momkit.kernels import (
     layout,
     scalar_decay,
     scalar_kernels,
+    selective_kernels,
+    selective_scan,
     tiles,
 )
 
@@ -47,16 +49,22 @@ Catch = Callable[[], None]
 def conformance(name: str) -> Catch:
     """The check of the conformance kit with this name: `mamba2-causal`."""
     rule, _, check = name.partition("-")
-    return next(
-        bound for bound, _ in bound_checks([rule], backend="triton") if bound.id == f"{rule}-triton-check_{check}"
-    )
+    ids = (f"{rule}-triton-check_{check}", f"{rule}-decode-triton-check_{check}")
+    return next(bound for bound, _ in bound_checks([rule], backend="triton") if bound.id in ids)
 
 
-def assert_true(name: str, lengths: tuple[int, ...], **sizes: int) -> None:
-    """Results of a rule's kernels, and their gradients, where the few cases of the conformance kit don't reach."""
+def assert_true(name: str, lengths: tuple[int, ...], varying: str = "", **sizes: int) -> None:
+    """Results of a rule's kernels, and their gradients, where the few cases of the conformance kit don't reach.
+
+    varying: constants that get a row for each token.
+    """
     cls = find_mechanism(name)
     subject = ScanSubject(name, cls, cls.Spec(), "triton")
-    case = ScanCase(subject.rule, {"H": 1, "G": 1, "K": 3, "V": 5} | sizes, lengths, seed=0, dtype=torch.float32)
+    defaults = {"H": 1, "G": 1, "K": 3, "V": 5, "channels": 10, "N": 3}
+    case = ScanCase(subject.rule, defaults | sizes, lengths, seed=0, dtype=torch.float32)
+    factors = torch.rand(case.num_tokens, generator=torch.Generator().manual_seed(1))
+    for constant in varying.split():
+        case.inputs[constant] = factors.view(-1, *[1] * case.inputs[constant].ndim) * case.inputs[constant]
     assert_true_to_step(subject, case)
     assert_true_gradients(subject, case)
 
@@ -72,7 +80,7 @@ def delta_scan() -> None:
 def in_short_pieces(name: str, **sizes: int) -> None:
     """Segments split in three pieces, the middle one between two others, and in two."""
     with pytest.MonkeyPatch.context() as patch:
-        for family in (scalar_decay, delta):
+        for family in (scalar_decay, delta, selective_scan):
             patch.setattr(family, "SHORTEST_PIECE", 64)
             patch.setattr(family, "multiprocessors", lambda device: 1 << 20)
         assert_true(name, (140, 70), **sizes)
@@ -85,6 +93,19 @@ def scalar_scan_in_pieces() -> None:
 def delta_scan_in_pieces() -> None:
     # with few keys, or gates, nothing lasts from one end of a piece to the other
     in_short_pieces("deltanet", K=24)
+
+
+def selective_scan_of_many_channels() -> None:
+    # more than one tile of channels, and blocks of tokens
+    assert_true("mamba", (20, 0, 3))
+
+
+def selective_scan_with_constants_that_vary() -> None:
+    assert_true("mamba", (20, 3), varying="A D")
+
+
+def selective_scan_in_pieces() -> None:
+    in_short_pieces("mamba", channels=2)
 
 
 @dataclass(frozen=True)
@@ -332,6 +353,147 @@ FAULTS = [
         "arrived += tl.dot(m, part, input_precision=PRECISION)",
         "arrived += 0.0",
         delta_scan_in_pieces,
+    ),
+    # Mamba
+    Fault(
+        "step_decays_to_another_base",
+        selective_kernels,
+        "return tl.load(A + spot, mask=inside, other=0.0) * LOG2_E",
+        "return tl.load(A + spot, mask=inside, other=0.0)",
+        "mamba-matches_reference",
+    ),
+    Fault(
+        "decoding_decays_by_the_rate_of_other_channels",
+        selective_kernels,
+        "return tl.load(A + spot, mask=inside, other=0.0) * LOG2_E",
+        "return tl.load(A + spot, mask=inside & (spot > 0), other=0.0) * LOG2_E",
+        "mamba-decode_matches_step",
+    ),
+    Fault(
+        "output_without_what_passes_the_state",
+        selective_kernels,
+        "outs += (tl.sum(h * C_t[None, :], 1) + skip * xs[t],)",
+        "outs += (tl.sum(h * C_t[None, :], 1),)",
+        "mamba-matches_reference",
+    ),
+    Fault(
+        "step_size_missing_in_the_write",
+        selective_kernels,
+        "h = decay * h + (dts[t] * xs[t])[:, None] * B_t[None, :]\n            if ONLY",
+        "h = decay * h + xs[t][:, None] * B_t[None, :]\n            if ONLY",
+        "mamba-matches_reference",
+    ),
+    Fault(
+        "rows_past_the_last_block_of_tokens_not_written",
+        selective_kernels,
+        "outs, live, cols, CHANNELS, False)",
+        "outs, live // 8 * 8, cols, CHANNELS, False)",
+        "mamba-matches_reference",
+    ),
+    Fault(
+        "uncovered_channels_not_written",
+        selective_kernels,
+        "cols[:, None], 0.0, mask=mask)",
+        "cols[:, None], 0.0, mask=mask & False)",
+        "mamba-uncovered_tail",
+    ),
+    Fault(
+        "no_final_state_of_an_empty_selective_segment",
+        selective_kernels,
+        "    elif leaves:\n",
+        "    elif leaves & (begin < end):\n",
+        "mamba-empty_segments",
+    ),
+    Fault(
+        "initial_selective_state_ignored",
+        selective_kernels,
+        "CHANNELS * N) + spot, mask=inside, other=0.0)\n    at",
+        "CHANNELS * N) + spot, mask=inside & False, other=0.0)\n    at",
+        "mamba-matches_reference",
+    ),
+    Fault(
+        "gradient_of_the_final_selective_state_lost",
+        selective_kernels,
+        "CHANNELS * N) + spot, mask=inside, other=0.0)\n    at",
+        "CHANNELS * N) + spot, mask=inside & (not REVERSE), other=0.0)\n    at",
+        "mamba-gradients_match_reference",
+    ),
+    Fault(
+        "chain_of_selective_pieces_without_decay",
+        selective_kernels,
+        "h = h * tl.exp2(span * rate) + added",
+        "h = h + added",
+        selective_scan_in_pieces,
+    ),
+    Fault(
+        "chain_of_selective_pieces_without_what_they_add",
+        selective_kernels,
+        "h = h * tl.exp2(span * rate) + added",
+        "h = h * tl.exp2(span * rate)",
+        selective_scan_in_pieces,
+    ),
+    Fault(
+        "piece_in_reverse_adds_before_its_decay",
+        selective_kernels,
+        "h = decay * (h + xs[t][:, None] * B_t[None, :])",
+        "h = decay * h + xs[t][:, None] * B_t[None, :]",
+        selective_scan_in_pieces,
+    ),
+    Fault(
+        "states_kept_after_a_block",
+        selective_kernels,
+        "target = kept + slot_of(at, segment, TOKENS)",
+        "target = kept + slot_of(tl.maximum(at - TOKENS, begin), segment, TOKENS)",
+        selective_scan_of_many_channels,
+    ),
+    Fault(
+        "gradient_of_a_step_without_its_decay",
+        selective_kernels,
+        "d_dts += (x_t * of_write + tl.sum(of_decay * rate, 1) * LN_2,)",
+        "d_dts += (x_t * of_write,)",
+        "mamba-gradients_match_reference",
+    ),
+    Fault(
+        "gradient_of_the_state_not_decayed",
+        selective_kernels,
+        "dh = tl.exp2(dt_t[:, None] * rate) * dh",
+        "dh = 1.0 * dh",
+        "mamba-gradients_match_reference",
+    ),
+    Fault(
+        "gradient_of_writes_by_the_last_tile_only",
+        selective_kernels,
+        "more_wrote += (wrote[n] + ",
+        "more_wrote += (0.0 * wrote[n] + ",
+        selective_scan_of_many_channels,
+    ),
+    Fault(
+        "gradient_of_rates_by_the_first_block_only",
+        selective_kernels,
+        "other=0.0) + d_rate, mask=inside)",
+        "other=0.0) * 0.0 + d_rate, mask=inside)",
+        selective_scan_of_many_channels,
+    ),
+    Fault(
+        "rates_of_the_first_token_of_a_block",
+        selective_kernels,
+        "rate, skip = load_rate(A + (base + t) *",
+        "rate, skip = load_rate(A + base *",
+        selective_scan_with_constants_that_vary,
+    ),
+    Fault(
+        "gradient_of_varying_rates_without_the_step",
+        selective_kernels,
+        "tl.store(dA + own_rate + spot, dt_t[:, None] * of_decay,",
+        "tl.store(dA + own_rate + spot, of_decay,",
+        selective_scan_with_constants_that_vary,
+    ),
+    Fault(
+        "gradient_of_varying_skips_in_order_of_time",
+        selective_kernels,
+        "store_block(dD + base * CHANNELS, d_skips, live, cols, CHANNELS, True)",
+        "store_block(dD + base * CHANNELS, d_skips, live, cols, CHANNELS, False)",
+        selective_scan_with_constants_that_vary,
     ),
 ]
 

@@ -10,6 +10,7 @@ from momkit.errors import InputError
 from momkit.mechanisms.mamba import MambaSpec
 from momkit.mechanisms.triton_scan import interpreting
 from momkit.scan import as_mechanism, run
+from momkit.testing.bounds import addresses_checked
 from momkit.testing.oracle import results_of
 from momkit.testing.poison import poisoned_empty
 from momkit.testing.tolerances import assert_all_as_good, assert_as_good, assert_equal
@@ -20,6 +21,9 @@ if not interpreting():
 from momkit.kernels import selective_scan as module
 from momkit.kernels.mamba_decode import decode_channels
 from momkit.kernels.selective_scan import selective_scan
+
+NAMES = ("x", "dt", "A", "B", "C", "D")
+PARTS = "output final_state"
 
 
 @dataclass
@@ -67,18 +71,21 @@ def reference(case: Case, wide: bool, parts: str) -> dict[str, Tensor]:
     return results((out.output, out.final_state["h"]), leaves, parts)
 
 
-def kernels(case: Case, parts: str = "output final_state") -> dict[str, Tensor]:
+def kernels(case: Case, parts: str = PARTS) -> dict[str, Tensor]:
     x = case.fresh(wide=False)
     return results(selective_scan(*(x[name] for name in NAMES), case.cu_seqlens, x.get("h")), x, parts)
 
 
-NAMES = ("x", "dt", "A", "B", "C", "D")
-
-
-def assert_right(case: Case, parts: str = "output final_state") -> None:
+def assert_right(case: Case, parts: str = PARTS) -> None:
     """Outputs and all gradients: as good as the step in the same dtype."""
     found, truth, eager = kernels(case, parts), reference(case, True, parts), reference(case, False, parts)
     assert_all_as_good(found, eager, truth, case.dtype)
+
+
+@pytest.fixture(autouse=True)
+def in_bounds():
+    with addresses_checked():
+        yield
 
 
 @pytest.fixture
@@ -121,6 +128,37 @@ def test_one_strength_of_decay(short_pieces, decay):
     case.leaves["A"][:] = -decay
     case.leaves["dt"][::3] = 0.0
     assert_right(case)
+
+
+@pytest.mark.parametrize("step", [1.0, 1e30])
+@pytest.mark.parametrize("token", [5, 37])
+def test_what_forgets_all_leaves_no_trace(short_pieces, token, step):
+    """dt A of -1e4 and less is a decay of zero, not of almost zero, in the first piece and in the last one."""
+    case = make((40,))
+    case.leaves["A"][:] = -1e4
+    case.leaves["h"][:] = 1e30
+    case.leaves["dt"][:] = 0.0
+    case.leaves["dt"][token] = step
+    case.leaves["x"][token] = 0.0
+    found = kernels(case)
+    assert_equal(found["final_state"], torch.zeros_like(case.leaves["h"]), "final state")
+    for name, x in found.items():
+        assert x.isfinite().all(), name
+
+
+@pytest.mark.parametrize("names", ["A", "D", "A D"])
+def test_constants_that_vary(short_pieces, names):
+    """A and D with a row for each token, as inputs of any rule may have; those of uncovered tokens don't matter."""
+    case = make((0, 40, 1, 18), channels=10, tail=3)
+    for name in names.split():
+        x = case.leaves[name]
+        case.leaves[name] = x * torch.rand(len(case.leaves["x"]), *x.shape, generator=torch.Generator().manual_seed(1))
+        case.leaves[name][59:] = torch.nan
+    found, truth, eager = kernels(case), reference(case, True, PARTS), reference(case, False, PARTS)
+    for name in names.split():
+        what = f"gradient of {name}"
+        assert_equal(found[what][59:], torch.zeros_like(found[what][59:]), what)
+    assert_all_as_good(found, eager, truth, case.dtype)
 
 
 def test_no_step_leaves_the_state(short_pieces):
@@ -198,10 +236,13 @@ def test_gradients_of_what_kept_nothing_are_refused():
         output.sum().backward()
 
 
-@pytest.mark.parametrize("state", [True, False])
-def test_opcheck(state):
+@pytest.mark.parametrize("state, varies", [(True, False), (False, False), (True, True)])
+def test_opcheck(state, varies):
     # no place for a state is left over: what is never written nor read differs from run to run
     case = make((2, 4), channels=4, N=3, tail=1, state=state)
+    if varies:
+        for name in ("A", "D"):
+            case.leaves[name] = case.leaves[name].repeat(7, *[1] * case.leaves[name].ndim)
     x = case.fresh(wide=False)
     ops = torch.ops.momkit
     arguments = (*(x[name] for name in NAMES), case.cu_seqlens, x.get("h"), True)
@@ -213,9 +254,13 @@ def test_opcheck(state):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("channels, N", [(1, 1), (40, 16), (5, 20), (2, 256)])
-def test_decoding_is_one_step_in_place(channels, N, dtype):
+@pytest.mark.parametrize(
+    "channels, N, varying", [(1, 1, ""), (40, 16, ""), (5, 20, "A"), (40, 3, "D"), (2, 256, "A D")]
+)
+def test_decoding_is_one_step_in_place(channels, N, varying, dtype):
     case = make((1,) * 4, channels=channels, N=N, dtype=dtype)
+    for name in varying.split():
+        case.leaves[name] = torch.stack([case.leaves[name] * factor for factor in (1, 2, 3, 4)])
     x, pool, index = case.leaves, torch.randn(6, channels, N), torch.tensor([4, -1, 0, 5])
     case.leaves["h"] = pool[index]
     # rows that lie apart, as parts of a wide projection do
