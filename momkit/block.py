@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from momkit.checks import FLOATS, check_finite, check_routing
-from momkit.decode import choose_decode_backend, run_decode
+from momkit.decode import along, check_state_index, choose_decode_backend, run_decode
 from momkit.errors import InputError
 from momkit.kernels.available import why_no_kernels
 from momkit.mechanisms.base import Context, Inputs, Mechanism, State
@@ -52,6 +52,7 @@ class MoMBlock(nn.Module):
         self.backend: Backend = backend
         D = spec.hidden_size
         self.num_groups = spec.num_memories + spec.shared_memory
+        self.shared_id = spec.num_memories if spec.shared_memory else None
         self.mechanism = find_mechanism(spec.mechanism.kind)(spec.mechanism, Context(D, layer_index, num_layers))
         self.router = find_router(spec.router.kind)(spec.router, RouterContext(D, spec.num_memories, layer_index))
         self.project = Projections(self.mechanism.projections(), D, self.num_groups, spec.conv_size)
@@ -100,68 +101,85 @@ class MoMBlock(nn.Module):
         return MoMOutput(y, new_state, routing.aux_loss, routing)
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: MoMState) -> MoMOutput:
-        """Decode one token of each sequence: `x` `[B, D]`; only the memories of its slots change, in place.
+    def step(self, x: Tensor, state: MoMState, state_index: Tensor | None = None) -> MoMOutput:
+        """Decode one token of each row, `x` `[B, D]`; only the memories of its slots change, in place.
 
+        state_index: `[B]` int32 or int64, distinct: which sequence of a larger state each row goes on with; -1 is a
+        padding row: its output is zeros, it changes nothing, and aux_loss leaves it out. None: row b is sequence b.
         A router that separates writing from reading takes one pass a choice, so that reads see the token's own writes.
+        Raises InputError.
         """
         check_hidden_states(x, self.spec.hidden_size)
         if x.ndim != 2:
             raise InputError(f"x has shape {tuple(x.shape)}; allowed: [B, D]")
         self.check_dtype(x)
-        self.check_state(state, len(x))
+        self.check_state(state, len(x) if state_index is None else None)
+        if state_index is not None:
+            check_state_index(state_index, len(x), state.batch_size, x.device)
         state.cut()
-        routing = self.route(x, None)
-        memory_ids, writes = choices(routing, self.spec.num_memories, self.spec.shared_memory)
-        passes = [slice(None)] if writes is None else [slice(j, j + 1) for j in range(memory_ids.shape[1])]
+        live = None if state_index is None else state_index >= 0
+        if live is not None:
+            x = torch.where(live[:, None], x, 0.0)
+        routing = self.route(x, live)
         take_step = self.step_fused if on_kernels(x) else self.step_slots
-        slots, token_slot, seen = [], [], 0
-        for columns in passes:
-            output, where = take_step(x, memory_ids[:, columns], None if writes is None else writes[:, columns], state)
-            slots.append(output)
-            token_slot.append(where + seen)
-            seen += len(output)
-        y = self.output(torch.cat(slots), torch.cat(token_slot, 1), routing.weights, None, x)
+        taken, gate = take_step(x, routing, state, state_index)
+        y = self.output(*join_passes(taken), routing.weights, live, x, gate)
         return MoMOutput(y, state, routing.aux_loss, routing)
 
     def step_slots(
-        self, x: Tensor, memory_ids: Tensor, writes: Tensor | None, state: MoMState
-    ) -> tuple[Tensor, Tensor]:
-        """One token of each sequence in some of its memories `[B, J]`: outputs of the slots, and the slot of each."""
-        plan = make_step_plan(memory_ids, writes, self.num_groups)
-        rows = (plan.slot_token, plan.memory)
-        output, recurrent, history = self.update(
-            x,
-            plan,
-            {name: tensor[rows] for name, tensor in state.recurrent.items()},
-            {name: tensor[rows] for name, tensor in state.conv.items()},
-            "reference",
-        )
-        for part, new in ((state.recurrent, recurrent), (state.conv, history)):
-            for name, tensor in part.items():
-                tensor[rows] = new[name].to(tensor.dtype)
-        return output, plan.token_slot
+        self, x: Tensor, routing: Routing, state: MoMState, state_index: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], None]:
+        """One token of each row in its memories: of each pass the outputs of slots, and the slots of rows; no gate."""
+        memory_ids, _ = choices(routing, self.spec.num_memories, self.spec.shared_memory)
+        taken = []
+        for columns, writes, _ in passes(routing, self.shared_id):
+            plan = make_step_plan(memory_ids[:, columns], writes, self.num_groups)
+            sequence, live = plan.slot_token, None
+            if state_index is not None:
+                sequence = state_index.long().index_select(0, sequence)
+                live = sequence >= 0
+            rows = (sequence.clamp_min(0), plan.memory)
+            output, recurrent, history = self.update(
+                x,
+                plan,
+                {name: tensor[rows] for name, tensor in state.recurrent.items()},
+                {name: tensor[rows] for name, tensor in state.conv.items()},
+                "reference",
+            )
+            for part, new in ((state.recurrent, recurrent), (state.conv, history)):
+                for name, tensor in part.items():
+                    write_rows(tensor, rows, new[name].to(tensor.dtype), live)
+            taken.append((output, plan.token_slot))
+        return taken, None
 
     def step_fused(
-        self, x: Tensor, memory_ids: Tensor, writes: Tensor | None, state: MoMState
-    ) -> tuple[Tensor, Tensor]:
-        """The same in a handful of kernels, on states where they lie."""
-        (B, J), M = memory_ids.shape, self.num_groups
-        projected = self.project.step(x, memory_ids, writes, state.conv)
-        inputs = self.mechanism.prepare(projected)
-        if writes is not None:
-            inputs = self.mechanism.freeze(inputs, ~writes.flatten())
-        states, b = state.recurrent, torch.arange(B, device=x.device)[:, None]
+        self, x: Tensor, routing: Routing, state: MoMState, state_index: Tensor | None
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """The same in a handful of kernels, on states where they lie, and the gate: it is one of the linear maps."""
+        beside = [] if self.gate_proj is None else [self.gate_proj.weight]
+        values, products = self.project.step_linear(x, routing.memory_ids, self.shared_id, beside)
         # a forward pass leaves states memory by memory
-        by_memory = all(tensor.transpose(0, 1).is_contiguous() for tensor in states.values())
-        pool = {name: memory_major(x) if by_memory else x.flatten(0, 1) for name, x in states.items()}
-        row = memory_ids * B + b if by_memory else b * M + memory_ids
-        output = run_decode(self.mechanism, inputs, pool, row.flatten())
-        if not by_memory and not all(tensor.is_contiguous() for tensor in states.values()):
-            for name, tensor in states.items():
-                tensor.copy_(pool[name].view_as(tensor))
-        output = self.mechanism.finish(output, inputs, projected)
-        return output.view(-1, *self.output_shape), torch.arange(B * J, device=x.device).view(B, J)
+        tensors = [*state.recurrent.values(), *state.conv.values()]
+        by_memory = all(tensor.transpose(0, 1).is_contiguous() for tensor in tensors)
+        strides = (1, state.batch_size) if by_memory else (self.num_groups, 1)
+        flat = memory_major if by_memory else batch_major
+        pool, history = ({n: flat(tensor) for n, tensor in part.items()} for part in (state.recurrent, state.conv))
+        taken = []
+        for columns, writes, shared_id in passes(routing, self.shared_id):
+            projected, rows, token_slot = self.project.step(
+                {name: value if value.ndim == 2 else value[:, columns] for name, value in values.items()},
+                history, routing.memory_ids[:, columns], shared_id, writes, state_index, *strides,
+            )  # fmt: skip
+            inputs = self.mechanism.prepare(projected)
+            if writes is not None:
+                inputs = self.mechanism.freeze(inputs, ~writes.flatten())
+            output = run_decode(self.mechanism, inputs, pool, rows)
+            output = self.mechanism.finish(output, inputs, projected)
+            taken.append((output.view(-1, *self.output_shape), token_slot))
+        for tensor, changed in zip(tensors, (*pool.values(), *history.values()), strict=True):
+            if not by_memory and not tensor.is_contiguous():
+                tensor.copy_(changed.view_as(tensor))
+        return taken, products[0] if products else None
 
     def update(
         self, x: Tensor, plan: DispatchPlan, recurrent: State | None, history: Inputs, backend: Backend
@@ -175,9 +193,22 @@ class MoMBlock(nn.Module):
         output = self.mechanism.finish(scanned.output, inputs, projected)
         return output.view(-1, *self.output_shape), scanned.final_state, history
 
-    def output(self, slots: Tensor, token_slot: Tensor, weights: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
-        """Sum over a token's slots, norm over each head, gate, projection: `[R, H, V]` -> `[T, D]`."""
-        gate = None if self.gate_proj is None else self.gate_proj(x).view(-1, *self.output_shape)
+    def output(
+        self,
+        slots: Tensor,
+        token_slot: Tensor,
+        weights: Tensor,
+        mask: Tensor | None,
+        x: Tensor,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """Sum over a token's slots, norm over each head, gate, projection: `[R, H, V]` -> `[T, D]`.
+
+        gate: `[T, H * V]`, what gate_proj makes of x; None where that is still to do.
+        """
+        if gate is None and self.gate_proj is not None:
+            gate = self.gate_proj(x)
+        gate = None if gate is None else gate.view(-1, *self.output_shape)
         normed = combine_norm(slots, token_slot, weights, mask, self.norm_weight, gate, self.spec.norm_eps)
         projected: Tensor = self.out_proj(normed.flatten(1).to(x.dtype))
         return projected
@@ -232,11 +263,12 @@ class MoMBlock(nn.Module):
         if x.dtype != weight.dtype and mixed:
             raise InputError(f"x is {x.dtype}, the block's weights are {weight.dtype}; cast one, or use autocast")
 
-    def check_state(self, state: MoMState, batch_size: int) -> None:
-        """A state must have this block's names and shapes, and one row a sequence."""
+    def check_state(self, state: MoMState, batch_size: int | None) -> None:
+        """A state must have this block's names and shapes, and one row a sequence; as many as it likes if None."""
         if not isinstance(state, MoMState):
             raise InputError(f"state must be a MoMState, got {type(state).__name__}")
         conv: dict[str, tuple[int, ...]] = {p.name: (self.project.width - 1, p.width) for p in self.project.convolved}
+        rows: tuple[int, ...] | None = None if batch_size is None else (batch_size,)
         for part, expected in (("recurrent", self.mechanism.state_spec()), ("conv", conv)):
             tensors: dict[str, Tensor] = getattr(state, part)
             if set(tensors) != set(expected):
@@ -244,7 +276,8 @@ class MoMBlock(nn.Module):
             for name, shape in expected.items():
                 if not isinstance(tensors[name], Tensor):
                     raise InputError(f"state.{part}[{name!r}] must be a tensor, got {type(tensors[name]).__name__}")
-                wanted = (batch_size, self.num_groups, *shape)
+                rows = tuple(tensors[name].shape[:1]) if rows is None else rows
+                wanted = (*rows, self.num_groups, *shape)
                 if tuple(tensors[name].shape) != wanted:
                     raise InputError(
                         f"state.{part}[{name!r}] has shape {tuple(tensors[name].shape)}; allowed: {wanted}"
@@ -263,9 +296,44 @@ def memory_major(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).flatten(0, 1)
 
 
+def batch_major(tensor: Tensor) -> Tensor:
+    """`[B, M, ...]` -> `[B * M, ...]`, contiguous."""
+    return tensor.contiguous().flatten(0, 1)
+
+
 def batch_first(tensor: Tensor, num_groups: int) -> Tensor:
     """`[M * B, ...]` -> `[B, M, ...]`."""
     return tensor.view(num_groups, len(tensor) // num_groups, *tensor.shape[1:]).transpose(0, 1)
+
+
+def passes(routing: Routing, shared_id: int | None) -> list[tuple[slice, Tensor | None, int | None]]:
+    """Choices that a step takes together, all unless some only read, in columns, their writes, and the shared memory.
+
+    The shared memory's column stands behind those of the router, and always writes.
+    """
+    if routing.writes is None:
+        return [(slice(None), None, shared_id)]
+    columns = [slice(j, j + 1) for j in range(routing.writes.shape[1] + 1)]
+    alone: list[tuple[slice, Tensor | None, int | None]] = [(c, routing.writes[:, c], None) for c in columns[:-1]]
+    return alone if shared_id is None else [*alone, (columns[-1], None, shared_id)]
+
+
+def join_passes(taken: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Outputs of all slots, and the slots of each row, from those of passes over as many slots each."""
+    if len(taken) == 1:
+        return taken[0]
+    slots, token_slot = zip(*taken, strict=True)
+    return torch.cat(slots), torch.cat([order + i * len(slots[i]) for i, order in enumerate(token_slot)], 1)
+
+
+def write_rows(tensor: Tensor, rows: tuple[Tensor, Tensor], new: Tensor, live: Tensor | None) -> None:
+    """tensor[rows] = new, in place, but where `live` is False; None: everywhere."""
+    if live is not None and len(live):
+        # shapes must not depend on padding, so it writes once more what a live row writes, or, without one, what it was
+        source = torch.where(live, torch.arange(len(live), device=live.device), live.int().argmax())
+        new = torch.where(along(live, new), new, tensor[rows])[source]
+        rows = (rows[0][source], rows[1][source])
+    tensor[rows] = new
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

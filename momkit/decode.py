@@ -192,8 +192,7 @@ def decode_triton(mechanism: Mechanism, inputs: Inputs, pool: State, state_index
         return mechanism.decode_kernel(inputs, pool, state_index)
     from momkit.kernels.decode import decode_rows
 
-    structure = mechanism.structure
-    assert structure is not None
+    (structure,) = mechanism.structures()
     # what a rule computes in `lower` it computes as its step would, in float32
     own = type(mechanism).lower is not Mechanism.lower
     x = mechanism.lower({name: tensor.float() for name, tensor in inputs.items()} if own else inputs)

@@ -1,6 +1,7 @@
 """The projections of a block: every weight that turns tokens into a mechanism's inputs, for all memories at once."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,23 +47,22 @@ class Projections(nn.Module):
 
     def forward(self, x: Tensor, plan: DispatchPlan, history: Inputs) -> tuple[Inputs, Inputs]:
         """`x` `[T, D]` and history name -> `[N, W-1, width]` to projections name -> `[R, *shape]` and new history."""
-        per_token: Inputs = {}
-        per_slot: Inputs = {}
-        if self.shared:
-            per_token = split(nn.functional.linear(x, self.shared_weight), self.shared)
-        if self.per_memory:
-            order = (plan.memory_offsets, plan.slot_token, plan.token_slot)
-            per_slot = split(project_slots(x, self.memory_weight, *order), self.per_memory)
+        per_token = nn.functional.linear(x, self.shared_weight) if self.shared else None
+        order = (plan.memory_offsets, plan.slot_token, plan.token_slot)
+        per_slot = project_slots(x, self.memory_weight, *order) if self.per_memory else None
+        # kernels take slots that all write
+        if on_kernels(x) and plan.writes is None:
+            return self.convolve_fused(per_token, per_slot, plan, history)
+        tokens = {} if per_token is None else split(per_token, self.shared)
+        slots = {} if per_slot is None else split(per_slot, self.per_memory)
         for p in self.order:
             if p.bias:
                 bias = self.get_parameter(f"{p.name}_bias")
                 if p.shared:
-                    per_token[p.name] = per_token[p.name] + bias
+                    tokens[p.name] = tokens[p.name] + bias
                 else:
-                    per_slot[p.name] = per_slot[p.name] + bias.index_select(0, plan.memory)
-        # kernels take slots that all write
-        convolve = self.convolve_fused if on_kernels(x) and plan.writes is None else self.convolve
-        return convolve(per_token, per_slot, plan, history)
+                    slots[p.name] = slots[p.name] + bias.index_select(0, plan.memory)
+        return self.convolve(tokens, slots, plan, history)
 
     def convolve(
         self, per_token: Inputs, per_slot: Inputs, plan: DispatchPlan, history: Inputs
@@ -84,49 +84,84 @@ class Projections(nn.Module):
         return projected, new_history
 
     def convolve_fused(
-        self, per_token: Inputs, per_slot: Inputs, plan: DispatchPlan, history: Inputs
+        self, per_token: Tensor | None, per_slot: Tensor | None, plan: DispatchPlan, history: Inputs
     ) -> tuple[Inputs, Inputs]:
-        """The same, one kernel a projection; rows of tokens are gathered there."""
-        from momkit.kernels.short_conv import conv_act_norm
+        """The same in kernels, and biases before it; rows of tokens `[T, all widths]` are gathered there."""
+        from momkit.kernels.short_conv import Part, conv_act_norm
 
-        projected, new_history = {}, {}
-        for p in self.order:
-            conv = self.conv_parameters(p)
-            if p.shared:
-                rows, source, token_slot = per_token[p.name], plan.slot_token, plan.token_slot
-            else:
-                rows, source, token_slot = per_slot[p.name], None, None
-            value, kept = conv_act_norm(
-                rows, source, *conv, history.get(p.name), plan.cu_seqlens, plan.segment, token_slot,
-                p.activation, p.shape[-1] if p.l2 else 0,
-            )  # fmt: skip
-            projected[p.name] = value.view(-1, *p.shape)
-            if p.name in history:
-                new_history[p.name] = kept
+        projected: Inputs = {}
+        new_history: Inputs = {}
+        gather = (plan.slot_token, plan.token_slot)
+        for rows, projections, source in ((per_token, self.shared, gather), (per_slot, self.per_memory, ())):
+            if rows is None:
+                continue
+            parts = [
+                Part(
+                    p.width,
+                    self.get_parameter(f"{p.name}_bias") if p.bias else None,
+                    *self.conv_parameters(p),
+                    history.get(p.name),
+                    p.activation,
+                    p.shape[-1] if p.l2 else 0,
+                )
+                for p in projections
+            ]
+            values, histories = conv_act_norm(rows, parts, plan.cu_seqlens, plan.segment, *source)
+            for p, value, kept in zip(projections, values, histories, strict=True):
+                projected[p.name] = value.view(-1, *p.shape)
+                if kept is not None:
+                    new_history[p.name] = kept
         return projected, new_history
 
-    def step(self, x: Tensor, memory_ids: Tensor, writes: Tensor | None, history: Inputs) -> Inputs:
-        """One token of each sequence, `x` `[B, D]`, in memories `[B, J]`: projections name -> `[B * J, *shape]`.
+    def step_linear(
+        self, x: Tensor, memory_ids: Tensor, shared_id: int | None, beside: Sequence[Tensor]
+    ) -> tuple[Inputs, list[Tensor]]:
+        """Linear maps of one token of each sequence, `x` `[B, D]`, in memories `[B, choices]` and `shared_id`.
 
-        In kernels; history name -> `[B, M, W-1, width]` changes in place where `writes` `[B, J]` is not False.
+        In one kernel: projections name -> `[B, width]`, or `[B, J, width]` of those per memory; and, since they read x
+        as well, products with the weights beside.
         """
-        from momkit.kernels.step_conv import step_conv
         from momkit.kernels.step_linear import step_linear
 
-        rows: Inputs = {}
+        weights = [*beside]
         if self.shared:
-            rows |= split(step_linear(x, self.shared_weight[None].to(x.dtype), None, False), self.shared)
+            weights.append(self.shared_weight)
         if self.per_memory:
-            rows |= split(step_linear(x, self.memory_weight.to(x.dtype), memory_ids, False), self.per_memory)
-        projected: Inputs = {}
-        for p in self.order:
-            bias = self.get_parameter(f"{p.name}_bias") if p.bias else None
-            value = step_conv(
-                rows[p.name], bias, *self.conv_parameters(p), history.get(p.name), memory_ids, writes,
-                p.activation, p.shape[-1] if p.l2 else 0,
-            )  # fmt: skip
-            projected[p.name] = value.view(-1, *p.shape)
-        return projected
+            weights.append(self.memory_weight)
+        products = step_linear(x, [weight.to(x.dtype) for weight in weights], memory_ids, shared_id)
+        values = split(products[-1], self.per_memory) if self.per_memory else {}
+        if self.shared:
+            values |= split(products[len(beside)], self.shared)
+        return values, products[: len(beside)]
+
+    def step(
+        self, values: Inputs, history: Inputs, memory_ids: Tensor, shared_id: int | None, writes: Tensor | None,
+        state_index: Tensor | None, sequence_stride: int, memory_stride: int,
+    ) -> tuple[Inputs, Tensor, Tensor]:  # fmt: skip
+        """What follows linear maps, in one kernel: projections name -> `[B * J, *shape]`, rows and slots.
+
+        History name -> `[P * M, W-1, width]` changes in place; arguments and what is returned are `step_conv`'s.
+        """
+        from momkit.kernels.short_conv import Part
+        from momkit.kernels.step_conv import step_conv
+
+        parts = [
+            Part(
+                p.width,
+                self.get_parameter(f"{p.name}_bias") if p.bias else None,
+                *self.conv_parameters(p),
+                history.get(p.name),
+                p.activation,
+                p.shape[-1] if p.l2 else 0,
+            )
+            for p in self.order
+        ]
+        ys, rows, token_slot = step_conv(
+            [values[p.name] for p in self.order], parts, memory_ids, shared_id, writes, state_index,
+            sequence_stride, memory_stride,
+        )  # fmt: skip
+        projected = {p.name: y.view(-1, *p.shape) for p, y in zip(self.order, ys, strict=True)}
+        return projected, rows, token_slot
 
     def conv_parameters(self, p: Projection) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of a projection's convolution, as far as it has them."""

@@ -30,6 +30,7 @@ def print_mechanism(console: Console, document: dict[str, Any]) -> None:
     print_table(console, "state of a segment, and output", ("name", "shape"), rows)
     structure = document["structure"] or {"none": "only the step is stated"}
     console.print("structure:", ", ".join(f"{name} {value}" for name, value in structure.items()))
+    console.print(f"step: {document['step']['verdict']}", soft_wrap=True)
     console.print(f"backend: {document['backend']['backend']}, since {document['backend']['reason']}", "", sep="\n")
 
 

@@ -1,6 +1,6 @@
 """Launching kernels with little work for the host, and compiling side by side those that a call is missing.
 
-A kernel takes tensors (or None), then integers and floats that are not specialised, then constants, in this order.
+A kernel takes tensors, None, or tuples of these, then integers and floats that are not specialised, then constants.
 """
 
 from collections.abc import Callable
@@ -33,21 +33,29 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def kind(argument: Any) -> Any:
+    """All that Triton compiles a kernel anew for, of a tensor, None, or a tuple of these."""
+    if isinstance(argument, tuple):
+        return tuple(map(kind, argument))
+    return argument if argument is None else (argument.dtype, argument.data_ptr() % 16 == 0)
+
+
 def launch(
-    kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...], *constants: Any,
-    num_warps: int = 4, num_stages: int = 3,
+    kernel: Any, programs: int, tensors: tuple[Tensor | tuple[Tensor | None, ...] | None, ...],
+    scalars: tuple[int | float, ...], *constants: Any, num_warps: int = 4, num_stages: int = 3,
 ) -> None:  # fmt: skip
-    """Run `programs` programs of a kernel on the tensors' device; nothing where there are none."""
+    """Run `programs` programs of a kernel on the tensors' device; nothing where there are none.
+
+    One of the tensors at least is in no tuple.
+    """
     if not programs:
         return
-    device = next(tensor.device for tensor in tensors if tensor is not None)
+    device = next(tensor.device for tensor in tensors if isinstance(tensor, Tensor))
     arguments = (*tensors, *scalars, *constants)
     if device.type != "cuda":
         kernel[(programs,)](*arguments)
         return
-    # all that Triton compiles a kernel anew for
-    kinds = tuple(t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
-    key = (kernel, device.index, kinds, constants, num_warps, num_stages)
+    key = (kernel, device.index, kind(tensors), constants, num_warps, num_stages)
     compiled = _compiled.get(key)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):

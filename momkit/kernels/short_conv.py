@@ -1,12 +1,15 @@
-"""Short convolution, activation and l2 norm of one projection, slots in memory order, as one op.
+"""Short convolution, activation and l2 norm of projections that lie side by side in one tensor, as one op.
 
-    z_r = sum_w weight_w u_{r-W+1+w} + bias,   a = activation(z),   y = a / sqrt(sum of a head's a^2 + 1e-6)
+    u_r = x_r + bias_m,   z_r = sum_w weight_w u_{r-W+1+w} + conv_bias,   a = activation(z),
+    y = a / sqrt(sum of a head's a^2 + 1e-6)
 
-u is a segment's history, then its rows of x. A program loads a tile of rows once for each input that they see: all but
-the first time out of the L1 cache. The backward pass finds z again from x and writes its gradient; a second kernel sums
-from there what each row of x and of the history gets.
+Slots are in memory order. Before the rows of a segment u is the segment's history. Each kernel reads and writes a row
+once; the backward pass finds z again from x.
+
+Letters: X rows of x, R slots, N segments, M memories, W conv width.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,427 +18,377 @@ import triton.language as tl
 from torch import Tensor
 
 from momkit.errors import InputError
+from momkit.kernels.grouped_linear import token_sums
 from momkit.kernels.launch import cdiv, compiled_together, launch
+from momkit.kernels.short_conv_kernels import activate as activate
+from momkit.kernels.short_conv_kernels import backward_kernel, columns, forward_kernel, history_kernel, load_rows
 
 ACTIVATIONS = ("none", "silu", "tanh", "sigmoid")
-# columns of a program's tile at least, and at most unless a head is wider; elements of it in each pass
-FEWEST_LANES = 16
-LANES = 128
-FORWARD_TILE = 2048
-BACKWARD_TILE = 1024
-# rows over which one program sums the gradients of weight and bias: some of its tiles, whole
-STRIP = 128
+# columns of a block at least; elements of a warp's row in each pass; warps at most
+FEWEST_LANES = 8
+FORWARD_LANES = 256
+BACKWARD_LANES = 128
+MOST_WARPS = 8
+# rows that are loaded before those in hand are worked on
+FORWARD_AHEAD = 4
+BACKWARD_AHEAD = 3
+# rows of a strip: each reads W-1 rows of its neighbour again
+FORWARD_STRIP = 32
+BACKWARD_STRIP = 64
+# programs of a block of columns at most, so that what each adds to gradients of parameters stays small
+MOST_PROGRAMS = 512
+# tiles of the small kernels
+BLOCK = 512
+ROWS, LANES = 32, 64
+# programs a memory that add up the gradient of a bias
+CUTS = 32
+
+
+class Part(NamedTuple):
+    """One projection: `width` columns of x, what they are convolved with, activation, and size of a norm's heads.
+
+    bias: `[M, width]`, or `[1, width]`; segments n M / N, ... are memory n's. weight: `[width, W]`, conv_bias
+    `[width]`, history `[N, W-1, width]`, None for zeros. activation: none, silu, tanh or sigmoid. norm_size: 0 for no
+    norm.
+    """
+
+    width: int
+    bias: Tensor | None = None
+    weight: Tensor | None = None
+    conv_bias: Tensor | None = None
+    history: Tensor | None = None
+    activation: str = "none"
+    norm_size: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return self.bias, self.weight, self.conv_bias, self.history
+
+    @property
+    def conv_size(self) -> int:
+        return 1 if self.weight is None else self.weight.shape[1]
 
 
 def conv_act_norm(
-    x: Tensor, source: Tensor | None, weight: Tensor | None, bias: Tensor | None, history: Tensor | None,
-    cu_seqlens: Tensor, segment: Tensor, token_slot: Tensor | None, activation: str, norm_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Convolve each segment behind its history, activate, l2-normalise groups of `norm_size` channels (0: none).
+    x: Tensor,
+    parts: Sequence[Part],
+    cu_seqlens: Tensor,
+    segment: Tensor,
+    source: Tensor | None = None,
+    token_slot: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Cut x into its parts; convolve each segment behind its history, activate, l2-normalise groups of channels.
 
-    x: `[X, width]`, any row stride; slot r reads row source[r] (`[R]` int64), or r itself where source is None.
-    token_slot: `[X, J]` int64, with source: the slots that read a row, each once. weight: `[width, W]`, None for no
-    convolution. bias: `[width]`. history: `[N, W-1, width]`, None for zeros. cu_seqlens: `[N + 1]`. segment: `[R]`, N
-    where there is none. All floats are bf16, fp16 or fp32, each its own; arithmetic is fp32.
-    Returns y `[R, width]` in x's dtype, zeros at slots of no segment, and the last W-1 inputs of (history, segment)
-    `[N, W-1, width]` in the history's dtype (x's if None); empty without a convolution. Raises InputError.
+    x: `[X, sum of widths]`, any row stride; slot r reads row source[r] (`[R]` int64), or r itself where source is None.
+    token_slot: `[X, J]` int64, with source: the slots that read a row, each once. cu_seqlens: `[N + 1]`. segment:
+    `[R]`, N where there is none. All floats are bf16, fp16 or fp32, each its own; arithmetic is fp32.
+    Returns for each part y `[R, width]` in x's dtype, zeros at slots of no segment, and the last W-1 inputs of
+    (history, segment) `[N, W-1, width]` in the history's dtype (x's if None); None without a convolution. Raises
+    InputError.
     """
-    if activation not in ACTIVATIONS:
-        raise InputError(f"activation = {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
-    if norm_size < 0 or (norm_size and x.shape[1] % norm_size):
-        raise InputError(f"norm_size = {norm_size}; allowed: 0 and divisors of the width {x.shape[1]}")
+    check(x, parts, cu_seqlens, segment, source, token_slot)
+    tensors, layout = pack(parts)
+    found = forward(x, tensors, source, token_slot, cu_seqlens, segment, layout)
+    histories = iter(found[len(parts) :])
+    return found[: len(parts)], [None if part.weight is None else next(histories) for part in parts]
+
+
+def check(
+    x: Tensor,
+    parts: Sequence[Part],
+    cu_seqlens: Tensor,
+    segment: Tensor,
+    source: Tensor | None,
+    token_slot: Tensor | None,
+) -> None:
+    """InputError where arguments don't fit."""
     if (source is None) != (token_slot is None):
         raise InputError("source and token_slot belong together: both tensors, or both None")
-    if source is None and len(x) != len(segment):
-        raise InputError(f"x has {len(x)} rows; allowed without source: one for each of {len(segment)} slots")
-    if weight is None and history is not None:
-        raise InputError("history is given, weight is None; allowed: a history of a convolution only")
-    return forward(x, source, weight, bias, history, cu_seqlens, segment, token_slot, activation, norm_size)
+    if source is None and x.shape[0] != segment.shape[0]:
+        raise InputError(f"x has {x.shape[0]} rows; allowed without source: one for each of {segment.shape[0]} slots")
+    if sum(part.width for part in parts) != x.shape[1]:
+        raise InputError(f"parts have widths {[part.width for part in parts]}; allowed: {x.shape[1]} columns in all")
+    for part in parts:
+        if part.activation not in ACTIVATIONS:
+            raise InputError(f"activation = {part.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+        if part.norm_size < 0 or (part.norm_size and part.width % part.norm_size):
+            raise InputError(f"norm_size = {part.norm_size}; allowed: 0 and divisors of the width {part.width}")
+        if part.weight is None and (part.history is not None or part.conv_bias is not None):
+            raise InputError("history or conv_bias is given, weight is None; allowed: those of a convolution only")
+        if part.bias is not None:
+            N, M = cu_seqlens.shape[0] - 1, part.bias.shape[0]
+            if source is not None and M != 1:
+                raise InputError(f"bias has {M} rows; allowed with a source: 1")
+            if N % M:
+                raise InputError(f"bias has {M} rows; allowed: 1 and numbers that divide the {N} segments")
+
+
+def pack(parts: Sequence[Part]) -> tuple[list[Tensor], list[int]]:
+    """Tensors of all parts, and what is left of them: ops differentiate lists without None."""
+    tensors = [tensor for part in parts for tensor in part.tensors if tensor is not None]
+    layout: list[int] = []
+    for part in parts:
+        given = (tensor is not None for tensor in part.tensors)
+        layout += (part.width, ACTIVATIONS.index(part.activation), part.norm_size, *given)
+    return tensors, layout
+
+
+def unpack(tensors: Sequence[Tensor], layout: Sequence[int]) -> Iterator[Part]:
+    """The parts that were packed."""
+    left = iter(tensors)
+    # a number for each
+    fields = len(Part._fields)
+    for at in range(0, len(layout), fields):
+        width, activation, norm_size, *given = layout[at : at + fields]
+        yield Part(width, *(next(left) if there else None for there in given), ACTIVATIONS[activation], norm_size)
 
 
 class Tile(NamedTuple):
-    """What a program takes: `rows` x `lanes`, where heads (if they matter) are padded to `group` lanes each; `blocks`
-    of them make up the width."""
+    """A program's vectors: `blocks` of them make up the width; heads (if they matter) are padded to `group` lanes each;
+    narrow ones take rows of several strips."""
 
     blocks: int
     group: int
     lanes: int
-    rows: int
+    strips: int
+    num_warps: int
 
     @staticmethod
-    def of(elements: int, width: int, norm_size: int = 0) -> "Tile":
-        group = triton.next_power_of_2(norm_size) if norm_size else 0
-        heads = width // norm_size if norm_size else width
-        lanes = max(FEWEST_LANES, group, min(LANES, max(1, group) * triton.next_power_of_2(heads)))
-        return Tile(cdiv(heads, lanes // max(1, group)), group, lanes, max(1, elements // lanes))
+    def of(part: Part, most: int) -> "Tile":
+        group = triton.next_power_of_2(part.norm_size) if part.norm_size else 0
+        # longer convolutions hold more in registers
+        most = most if part.conv_size <= 4 else most // 2
+        heads = part.width // part.norm_size if part.norm_size else part.width
+        lanes = max(FEWEST_LANES, group, min(most, max(1, group) * triton.next_power_of_2(heads)))
+        blocks, num_warps = cdiv(heads, lanes // max(1, group)), min(MOST_WARPS, cdiv(lanes, most))
+        return Tile(blocks, group, lanes, max(1, most // lanes), num_warps)
 
 
-def as_kernels_read(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All contiguous, but for x, of which a row is enough."""
-    whole = (None if tensor is None else tensor.contiguous() for tensor in others)
-    return (x if x.stride(1) == 1 else x.contiguous(), *whole)
+def rows_of_strips(R: int, rows: int, ahead: int, part: Part, tile: Tile) -> int:
+    """Rows of a strip, in whole groups of those loaded ahead: `rows`, or fewer of few slots."""
+    if part.conv_size == 1:
+        # no strip reads rows of its neighbour: programs need not take more of a narrow part than of others
+        rows = cdiv(rows, tile.strips)
+    return ahead * max(1, cdiv(min(R, rows), ahead))
 
 
-def like(tensor: Tensor | None, x: Tensor) -> Tensor:
-    """Room for the gradient of a tensor; empty if there is none."""
-    return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+def history_like(x: Tensor, part: Part, N: int) -> Tensor:
+    """Room for the new history of a part."""
+    return (x if part.history is None else part.history).new_empty((N, part.conv_size - 1, part.width))
+
+
+def edges_of(cu_seqlens: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots since the first, and until the last, of each slot's segment: `[R]` int32 both."""
+    R = segment.shape[0]
+    since, until = (segment.new_empty(R, dtype=torch.int32) for _ in range(2))
+    launch(edges_kernel, cdiv(R, BLOCK), (cu_seqlens, segment, since, until), (R, cu_seqlens.shape[0] - 1), BLOCK)
+    return since, until
+
+
+def packed(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All contiguous."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 @torch.library.custom_op("momkit::conv_act_norm", mutates_args=())
 @compiled_together
 def forward(
-    x: Tensor, source: Tensor | None, weight: Tensor | None, bias: Tensor | None, history: Tensor | None,
-    cu_seqlens: Tensor, segment: Tensor, token_slot: Tensor | None, activation: str, norm_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y and the new history."""
-    R, N, width, W = len(segment), len(cu_seqlens) - 1, x.shape[1], 1 if weight is None else weight.shape[1]
-    past = None if W == 1 else history
-    inputs = as_kernels_read(x, source, weight, bias, past, cu_seqlens, segment)
-    x, source, _, _, past, cu_seqlens, _ = inputs
-    y = x.new_empty((R, width))
-    tile = Tile.of(FORWARD_TILE, width, norm_size)
-    launch(
-        forward_kernel, cdiv(R, tile.rows) * tile.blocks, (*inputs, y), (R, N),
-        width, x.stride(0), W, norm_size, activation, *tile,
-    )  # fmt: skip
-    if weight is None:
-        return y, x.new_empty(0)
-    new_history = (x if history is None else history).new_empty((N, W - 1, width))
-    tile = Tile.of(FORWARD_TILE, width)
-    launch(
-        history_kernel, cdiv(N * (W - 1), tile.rows) * tile.blocks, (x, source, past, cu_seqlens, new_history),
-        (N,), width, x.stride(0), W, *tile,
-    )  # fmt: skip
-    return y, new_history
+    x: Tensor, tensors: Sequence[Tensor], source: Tensor | None, token_slot: Tensor | None,
+    cu_seqlens: Tensor, segment: Tensor, layout: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """y of each part, then new histories of those with a convolution."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    source, cu_seqlens, segment = packed(source, cu_seqlens, segment)
+    R, N = segment.shape[0], cu_seqlens.shape[0] - 1
+    edges = edges_of(cu_seqlens, segment)
+    ys, histories, offset = [], [], 0
+    for part in unpack(tensors, layout):
+        bias, weight, conv_bias, history = packed(*part.tensors)
+        width, W = part.width, part.conv_size
+        share = 1 if bias is None else max(1, N // len(bias))
+        y, tile = x.new_empty((R, width)), Tile.of(part, FORWARD_LANES)
+        rows = rows_of_strips(R, FORWARD_STRIP, FORWARD_AHEAD, part, tile)
+        launch(
+            forward_kernel, cdiv(R, rows * tile.strips) * tile.blocks,
+            (x, source, bias, weight, conv_bias, history, segment, *edges, y), (R, N, rows, share),
+            width, offset, x.stride(0), W, triton.next_power_of_2(W), part.norm_size, part.activation, *tile[:4],
+            FORWARD_AHEAD, num_warps=tile.num_warps,
+        )  # fmt: skip
+        ys.append(y)
+        if weight is not None:
+            new_history, blocks = history_like(x, part, N), cdiv(width, LANES)
+            launch(
+                history_kernel, cdiv(N * (W - 1), ROWS) * blocks,
+                (x, source, bias, history, cu_seqlens, segment, new_history), (N, share),
+                width, offset, x.stride(0), W, blocks, LANES, ROWS,
+            )  # fmt: skip
+            histories.append(new_history)
+        offset += width
+    return ys + histories
 
 
 @forward.register_fake
-def _(x, source, weight, bias, history, cu_seqlens, segment, *others):
-    y = x.new_empty((segment.shape[0], x.shape[1]))
-    if weight is None:
-        return y, x.new_empty(0)
-    kept = (cu_seqlens.shape[0] - 1, weight.shape[1] - 1, x.shape[1])
-    return y, (x if history is None else history).new_empty(kept)
+def _(x, tensors, source, token_slot, cu_seqlens, segment, layout):
+    parts = list(unpack(tensors, layout))
+    ys = [x.new_empty((segment.shape[0], part.width)) for part in parts]
+    return ys + [history_like(x, part, cu_seqlens.shape[0] - 1) for part in parts if part.weight is not None]
 
 
 @torch.library.custom_op("momkit::conv_act_norm_backward", mutates_args=())
 @compiled_together
 def backward(
-    x: Tensor, source: Tensor | None, weight: Tensor | None, bias: Tensor | None, history: Tensor | None,
-    cu_seqlens: Tensor, segment: Tensor, token_slot: Tensor | None, dy: Tensor, d_new: Tensor | None,
-    activation: str, norm_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight, bias and history, empty for those that are None. d_new: of the new history."""
-    R, N, width, W = len(segment), len(cu_seqlens) - 1, x.shape[1], 1 if weight is None else weight.shape[1]
-    past, d_new = (None, None) if W == 1 else (history, d_new)
-    inputs = as_kernels_read(x, source, weight, bias, past, cu_seqlens, segment, dy)
-    x, _, weight, _, past, cu_seqlens, segment, _ = inputs
-    strips, sums = cdiv(R, STRIP), W * (weight is not None) + (bias is not None)
-    dz, parts = x.new_empty((R, width)), x.new_empty((strips, sums, width), dtype=torch.float32)
-    tile = Tile.of(BACKWARD_TILE, width, norm_size)
+    x: Tensor, tensors: Sequence[Tensor], source: Tensor | None, token_slot: Tensor | None,
+    cu_seqlens: Tensor, segment: Tensor, gradients: Sequence[Tensor | None], layout: Sequence[int],
+    wants_history: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x and of the tensors, empty for histories where not wanted. gradients: of the op's results, None for
+    zeros of a new history."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    source, cu_seqlens, segment = packed(source, cu_seqlens, segment)
+    R, N, total = segment.shape[0], cu_seqlens.shape[0] - 1, x.shape[1]
+    edges = edges_of(cu_seqlens, segment)
+    parts, dx, offset, found = list(unpack(tensors, layout)), x.new_empty((R, total)), 0, []
+    d_news, biases = iter(gradients[len(parts) :]), []
+    for part, dy in zip(parts, gradients, strict=False):
+        d_bias, d_weight, d_conv_bias, d_history = map(like, part.tensors)
+        bias, weight, conv_bias, history = packed(*part.tensors)
+        width, W, (dy, d_new) = part.width, part.conv_size, packed(dy, None if weight is None else next(d_news))
+        share = 1 if bias is None else max(1, N // len(bias))
+        if history is not None and not wants_history:
+            d_history = history.new_empty(0)
+        elif d_history is not None:
+            # for segments without a row; the others' is written below
+            d_history.zero_() if d_new is None else d_history.copy_(d_new)
+        tile, taps = Tile.of(part, BACKWARD_LANES), 0 if weight is None else W
+        longer = 0 if weight is None else cdiv(R, MOST_PROGRAMS * tile.strips)
+        rows = rows_of_strips(R, max(BACKWARD_STRIP, longer), BACKWARD_AHEAD, part, tile)
+        programs = cdiv(R, rows * tile.strips)
+        sums = x.new_empty((programs, taps + (conv_bias is not None), width), dtype=torch.float32)
+        launch(
+            backward_kernel, programs * tile.blocks,
+            (x, source, bias, weight, conv_bias, history, segment, *edges, dy, None if W == 1 else d_new, dx,
+             d_history if wants_history and W > 1 else None, sums), (R, N, rows, share),
+            width, offset, x.stride(0), total, W, triton.next_power_of_2(W), part.norm_size, part.activation, *tile[:4],
+            BACKWARD_AHEAD, num_warps=tile.num_warps,
+        )  # fmt: skip
+        add_up(sums, d_weight, d_conv_bias, taps)
+        if d_bias is not None:
+            biases.append((d_bias, offset, share))
+        found += [gradient for gradient in (d_bias, d_weight, d_conv_bias, d_history) if gradient is not None]
+        offset += width
+    if token_slot is not None:
+        dx = token_sums(dx, token_slot)
+    for d_bias, offset, share in biases:
+        M, width = d_bias.shape
+        sums, blocks = x.new_empty((CUTS, M, width), dtype=torch.float32), cdiv(width, LANES)
+        launch(
+            bias_kernel, CUTS * M * blocks, (dx, None if source is not None else cu_seqlens, sums), (len(dx), share),
+            width, offset, total, M, CUTS, blocks, LANES, ROWS,
+        )  # fmt: skip
+        add_up(sums, None, d_bias, 0)
+    return [dx, *found]
+
+
+def like(tensor: Tensor | None) -> Tensor | None:
+    """Room for the gradient of a tensor."""
+    return None if tensor is None else tensor.new_empty(tensor.shape)
+
+
+def add_up(sums: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, W: int) -> None:
+    """What programs found `[count, vectors, width]`, summed in their order: W vectors for d_weight, others d_bias."""
+    count, vectors, width = sums.shape
     launch(
-        backward_kernel, strips * tile.blocks, (*inputs, dz, parts), (R, N),
-        width, x.stride(0), W, norm_size, activation, *tile, STRIP,
-    )  # fmt: skip
-    token_slot, d_new = (None if tensor is None else tensor.contiguous() for tensor in (token_slot, d_new))
-    dx, d_weight, d_bias, d_history = dz, like(weight, x), like(bias, x), like(history, x)
-    tile = Tile.of(FORWARD_TILE, width)
-    if weight is not None or source is not None:
-        dx, J = x.new_empty(x.shape), 1 if token_slot is None else token_slot.shape[1]
-        launch(
-            input_gradient_kernel, cdiv(len(x), tile.rows) * tile.blocks,
-            (dz, weight, d_new, cu_seqlens, segment, token_slot, dx), (len(x), R, N), width, J, W, *tile,
-        )  # fmt: skip
-    if past is not None:
-        launch(
-            input_gradient_kernel, cdiv(N * (W - 1), tile.rows) * tile.blocks,
-            (dz, weight, d_new, cu_seqlens, None, None, d_history), (N * (W - 1), R, N), width, 1, W, *tile,
-        )  # fmt: skip
-    total = parts.sum(0)
-    if weight is not None:
-        d_weight.copy_(total[:W].t())
-    if bias is not None:
-        d_bias.copy_(total[-1])
-    return dx, d_weight, d_bias, d_history
+        sums_kernel, vectors * cdiv(width, LANES), (sums, d_weight, d_bias), (count,), width, W, vectors, LANES, ROWS
+    )
 
 
 @backward.register_fake
-def _(x, source, weight, bias, history, *others):
-    return x.new_empty(x.shape), like(weight, x), like(bias, x), like(history, x)
+def _(x, tensors, source, token_slot, cu_seqlens, segment, gradients, layout, wants_history):
+    found = [x.new_empty(x.shape)]
+    for part in unpack(tensors, layout):
+        found += [tensor.new_empty(tensor.shape) for tensor in part.tensors[:3] if tensor is not None]
+        if part.history is not None:
+            found.append(part.history.new_empty(part.history.shape if wants_history else 0))
+    return found
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.activation, ctx.norm_size = inputs
+    x, tensors, *others, ctx.layout = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(x, *others, *tensors)
 
 
-def differentiate(ctx, dy, d_new):
-    x, _, weight, bias, history, _, segment, _ = ctx.saved_tensors
-    if dy is None:
-        dy = x.new_zeros((segment.shape[0], x.shape[1]))
-    dx, *found = backward(*ctx.saved_tensors, dy, d_new, ctx.activation, ctx.norm_size)
-    found = (None if given is None else d for given, d in zip((weight, bias, history), found, strict=True))
-    return dx, None, *found, None, None, None, None, None
+def differentiate(ctx, gradients):
+    (x, *others), tensors = ctx.saved_tensors[:5], list(ctx.saved_tensors[5:])
+    parts = list(unpack(tensors, ctx.layout))
+    gradients = list(gradients)
+    for at, part in enumerate(parts):
+        if gradients[at] is None:
+            gradients[at] = x.new_zeros((others[-1].shape[0], part.width))
+    wants_history = any(wanted.history for wanted in unpack(ctx.needs_input_grad[1], ctx.layout))
+    dx, *found = backward(x, tensors, *others, gradients, ctx.layout, wants_history)
+    return dx, found, None, None, None, None, None
 
 
 forward.register_autograd(differentiate, setup_context=setup_context)
 
 
-@triton.jit
-def columns(block, WIDTH: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr):
-    """The column of each lane `[LANES]` of a block, and which lanes have one: a head's fill the first SIZE of GROUP."""
-    lane = tl.arange(0, LANES)
-    if SIZE == GROUP:
-        cols = block * LANES + lane
-        inside = cols < WIDTH
-    else:
-        cols = (block * (LANES // GROUP) + lane // GROUP) * SIZE + lane % GROUP
-        inside = (lane % GROUP < SIZE) & (cols < WIDTH)
-    return cols, inside
-
-
-@triton.jit
-def segment_of(segment, cu_seqlens, row, live, N):
-    """The segment of each slot, its begin and end, and which slots have one."""
-    n = tl.load(segment + row, mask=live, other=N).to(tl.int32)
-    live = live & (n < N)
-    begin = tl.load(cu_seqlens + n, mask=live, other=0).to(tl.int32)
-    end = tl.load(cu_seqlens + n + 1, mask=live, other=0).to(tl.int32)
-    return n, begin, end, live & (row < end)
-
-
-@triton.jit
-def load_weights(weight, cols, inside, W: tl.constexpr):
-    """A tuple of W vectors `[LANES]` float32; None without a convolution."""
-    weights = None
-    if weight is not None:
-        weights = ()
-        for w in tl.static_range(W):
-            weights += (tl.load(weight + cols * W + w, mask=inside, other=0.0).to(tl.float32),)
-    return weights
-
-
-@triton.jit
-def load_rows(base, row, live, cols, inside, STRIDE: tl.constexpr):
-    """A tile `[ROWS, LANES]`, float32, zeros where no row or no column is."""
-    spot = base + row.to(tl.int64)[:, None] * STRIDE + cols[None, :]
-    return tl.load(spot, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_rows(base, tile, row, live, cols, inside, WIDTH: tl.constexpr):
-    """Write a tile `[ROWS, LANES]` in the dtype of what it goes to."""
-    spot = base + row.to(tl.int64)[:, None] * WIDTH + cols[None, :]
-    tl.store(spot, tile.to(base.dtype.element_ty), mask=live[:, None] & inside[None, :])
-
-
-@triton.jit
-def load_inputs(
-    x, source, history, at, there, live, n, begin, cols, inside,
-    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """u at slots `at` of segments n, history before `begin`; zeros where not live. there: slots that may be loaded."""
-    row = at
-    if source is not None:
-        row = tl.load(source + at, mask=there, other=0)
-    own = load_rows(x, row, there, cols, inside, STRIDE)
-    past = 0.0
-    if history is not None:
-        row = n.to(tl.int64) * (W - 1) + (at - begin + W - 1)
-        past = load_rows(history, row, live & (at < begin), cols, inside, WIDTH)
-    return tl.where((live & (at >= begin))[:, None], own, past)
-
-
-@triton.jit
-def convolve(
-    x, source, weights, bias, history, cu_seqlens, segment, row, R, N, cols, inside,
-    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """The W inputs that each row sees, their convolution z, and which rows are covered."""
-    n, begin, _, covered = segment_of(segment, cu_seqlens, row, row < R, N)
-    u = ()
-    z = tl.zeros([row.shape[0], cols.shape[0]], tl.float32)
-    for w in tl.static_range(W):
-        at = row - (W - 1 - w)
-        # bounds of segments select afterwards: loads of x don't wait for them
-        there = (at >= 0) & (row < R)
-        # the last one that a row sees is itself
-        past = None if w == W - 1 else history
-        seen = load_inputs(x, source, past, at, there, covered, n, begin, cols, inside, WIDTH, STRIDE, W)
-        u += (seen,)
-        z += seen if weights is None else seen * weights[w][None, :]
-    if bias is not None:
-        z += tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32)[None, :]
-    return u, z, covered
-
-
-@triton.jit
-def sigmoid(z):
-    """Without an exponential that overflows."""
-    small = tl.exp(-tl.abs(z))
-    return tl.where(z < 0, small, 1.0) / (1 + small)
-
-
-@triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    """The activation, and its derivative by z."""
-    if ACTIVATION == "silu":
-        gate = sigmoid(z)
-        a = z * gate
-        slope = gate * (1 + z * (1 - gate))
-    elif ACTIVATION == "sigmoid":
-        a = sigmoid(z)
-        slope = a * (1 - a)
-    elif ACTIVATION == "tanh":
-        square = z * z
-        # near zero the difference would cancel
-        near = z * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
-        a = tl.where(square < 0.06, near, 2 * sigmoid(2 * z) - 1)
-        slope = 1 - a * a
-    else:
-        a = z
-        slope = tl.full(z.shape, 1.0, tl.float32)
-    return a, slope
-
-
-@triton.jit
-def sum_heads(tile, GROUP: tl.constexpr):
-    """At each lane the sum over its group of lanes."""
-    ROWS: tl.constexpr = tile.shape[0]
-    HEADS: tl.constexpr = tile.shape[1] // GROUP
-    total = tl.sum(tile.reshape(ROWS, HEADS, GROUP), 2)
-    return tl.broadcast_to(total[:, :, None], [ROWS, HEADS, GROUP]).reshape(ROWS, HEADS * GROUP)
-
-
-@triton.jit
-def inverse_norm(a, inside, GROUP: tl.constexpr):
-    """1 / l2 norm of each lane's head; lanes without a column don't count."""
-    return tl.rsqrt(sum_heads(tl.where(inside[None, :], a * a, 0.0), GROUP) + 1e-6)
-
-
 @triton.jit(do_not_specialize=["R", "N"])
-def forward_kernel(
-    x, source, weight, bias, history, cu_seqlens, segment, y, R, N,
-    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+def edges_kernel(cu_seqlens, segment, since, until, R, N, BLOCK: tl.constexpr):
+    """since, until `[R]`: rows since the first and until the last of a row's segment; -1 and R where it has none.
+
+    Rows past the last segment have none, whatever they say.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.load(segment + row, mask=row < R, other=N).to(tl.int32)
+    begin = tl.load(cu_seqlens + n, mask=n < N, other=0).to(tl.int32)
+    end = tl.load(cu_seqlens + n + 1, mask=n < N, other=0).to(tl.int32)
+    covered = row < end
+    tl.store(since + row, tl.where(covered, row - begin, -1), mask=row < R)
+    tl.store(until + row, tl.where(covered, end - 1 - row, R), mask=row < R)
+
+
+@triton.jit(do_not_specialize=["R", "share"])
+def bias_kernel(
+    dx, cu_seqlens, sums, R, share,
+    WIDTH: tl.constexpr, OFFSET: tl.constexpr, TOTAL: tl.constexpr, GROUPS: tl.constexpr, CUTS: tl.constexpr,
+    BLOCKS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """y of ROWS slots."""
-    cols, inside = columns(tl.program_id(0) % BLOCKS, WIDTH, SIZE, GROUP, LANES)
-    row = tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)
-    weights = load_weights(weight, cols, inside, W)
-    _, z, covered = convolve(
-        x, source, weights, bias, history, cu_seqlens, segment, row, R, N, cols, inside, WIDTH, STRIDE, W
-    )
-    out, _ = activate(z, ACTIVATION)
-    if SIZE:
-        out *= inverse_norm(out, inside, GROUP)
-    store_rows(y, tl.where(covered[:, None], out, 0.0), row, row < R, cols, inside, WIDTH)
+    """sums `[CUTS, GROUPS, WIDTH]`: columns of dx added up over the rows of each memory, a part of them each program.
 
-
-@triton.jit
-def history_rows(cu_seqlens, row, N, W: tl.constexpr):
-    """Of rows of all histories: the segment, its begin and end, the place counted from a history's end, and which rows
-    there are."""
-    n = row // (W - 1)
-    live = n < N
-    begin = tl.load(cu_seqlens + n, mask=live, other=0).to(tl.int32)
-    end = tl.load(cu_seqlens + n + 1, mask=live, other=0).to(tl.int32)
-    return n, begin, end, row % (W - 1) - (W - 1), live
-
-
-@triton.jit(do_not_specialize=["N"])
-def history_kernel(
-    x, source, history, cu_seqlens, new_history, N, WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr,
-    BLOCKS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The last W-1 inputs of each segment."""
-    cols, inside = columns(tl.program_id(0) % BLOCKS, WIDTH, 0, GROUP, LANES)
-    row = tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)
-    n, begin, end, place, live = history_rows(cu_seqlens, row, N, W)
-    at = end + place
-    there = live & (at >= begin)
-    u = load_inputs(x, source, history, at, there, live, n, begin, cols, inside, WIDTH, STRIDE, W)
-    store_rows(new_history, u, row, live, cols, inside, WIDTH)
-
-
-@triton.jit(do_not_specialize=["R", "N"])
-def backward_kernel(
-    x, source, weight, bias, history, cu_seqlens, segment, dy, dz, parts, R, N,
-    WIDTH: tl.constexpr, STRIDE: tl.constexpr, W: tl.constexpr, SIZE: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    STRIP: tl.constexpr,
-):  # fmt: skip
-    """dz of STRIP slots, and what they add to the gradients of weight and bias: parts `[strips, W + 1, WIDTH]`, without
-    the rows of what is None."""
-    cols, inside = columns(tl.program_id(0) % BLOCKS, WIDTH, SIZE, GROUP, LANES)
-    strip = tl.program_id(0) // BLOCKS
-    weights = load_weights(weight, cols, inside, W)
-    # summed over rows at the end only: until then no thread waits for another
-    d_bias = tl.zeros([ROWS, LANES], tl.float32)
-    d_weights = (d_bias,) * W
-    for first in range(strip * STRIP, tl.minimum((strip + 1) * STRIP, R), ROWS):
-        row = first + tl.arange(0, ROWS)
-        u, z, covered = convolve(
-            x, source, weights, bias, history, cu_seqlens, segment, row, R, N, cols, inside, WIDTH, STRIDE, W
-        )
-        a, slope = activate(z, ACTIVATION)
-        gradient = load_rows(dy, row, row < R, cols, inside, WIDTH)
-        if SIZE:
-            inverse = inverse_norm(a, inside, GROUP)
-            unit = a * inverse
-            gradient = inverse * (gradient - unit * sum_heads(gradient * unit, GROUP))
-        gradient = tl.where(covered[:, None], gradient * slope, 0.0)
-        store_rows(dz, gradient, row, row < R, cols, inside, WIDTH)
-        d_bias += gradient
-        longer = ()
-        for w in tl.static_range(W):
-            longer += (d_weights[w] + u[w] * gradient,)
-        d_weights = longer
-    TAKEN: tl.constexpr = 0 if weight is None else W
-    to = parts + strip.to(tl.int64) * ((TAKEN + (bias is not None)) * WIDTH) + cols
-    for w in tl.static_range(TAKEN):
-        tl.store(to + w * WIDTH, tl.sum(d_weights[w], 0), mask=inside)
-    if bias is not None:
-        tl.store(to + TAKEN * WIDTH, tl.sum(d_bias, 0), mask=inside)
-
-
-@triton.jit
-def gradient_of_inputs(
-    dz, weights, d_new, at, n, begin, end, live, R, cols, inside, WIDTH: tl.constexpr, W: tl.constexpr
-):  # fmt: skip
-    """What u at `at` of segments n gets from the rows that see it, and from the new history."""
-    du = tl.zeros([at.shape[0], cols.shape[0]], tl.float32)
-    for w in tl.static_range(W):
-        row = at + (W - 1 - w)
-        seen = load_rows(dz, row, (row >= 0) & (row < R), cols, inside, WIDTH)
-        seen = tl.where((live & (row >= begin) & (row < end))[:, None], seen, 0.0)
-        du += seen if weights is None else seen * weights[w][None, :]
-    if d_new is not None:
-        kept = at - end + (W - 1)
-        du += load_rows(d_new, n.to(tl.int64) * (W - 1) + kept, live & (kept >= 0), cols, inside, WIDTH)
-    return du
-
-
-@triton.jit(do_not_specialize=["X", "R", "N"])
-def input_gradient_kernel(
-    dz, weight, d_new, cu_seqlens, segment, token_slot, to, X, R, N,
-    WIDTH: tl.constexpr, J: tl.constexpr, W: tl.constexpr,
-    BLOCKS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """What X rows of x get, each from its slots, in the order of its choices; without segment, rows of the history."""
-    cols, inside = columns(tl.program_id(0) % BLOCKS, WIDTH, 0, GROUP, LANES)
-    row = tl.program_id(0) // BLOCKS * ROWS + tl.arange(0, ROWS)
-    weights = load_weights(weight, cols, inside, W)
+    Without cu_seqlens all R rows are one memory's.
+    """
+    pid = tl.program_id(0)
+    cols, inside = columns(pid % BLOCKS, WIDTH, 0, 0, LANES)
+    group, cut = pid // BLOCKS % GROUPS, pid // (BLOCKS * GROUPS)
+    begin, end = 0, R
+    if cu_seqlens is not None:
+        begin = tl.load(cu_seqlens + group * share).to(tl.int32)
+        end = tl.load(cu_seqlens + (group + 1) * share).to(tl.int32)
     total = tl.zeros([ROWS, LANES], tl.float32)
-    for j in tl.static_range(J):
-        if segment is None:
-            n, begin, end, place, live = history_rows(cu_seqlens, row, N, W)
-            at = begin + place
-        else:
-            at = row
-            if token_slot is not None:
-                at = tl.load(token_slot + row.to(tl.int64) * J + j, mask=row < X, other=0).to(tl.int32)
-            n, begin, end, live = segment_of(segment, cu_seqlens, at, row < X, N)
-        total += gradient_of_inputs(dz, weights, d_new, at, n, begin, end, live, R, cols, inside, WIDTH, W)
-    store_rows(to, total, row, row < X, cols, inside, WIDTH)
+    for at in range(begin + cut * ROWS, end, CUTS * ROWS):
+        row = at + tl.arange(0, ROWS)
+        total += load_rows(dx + OFFSET, row, row < end, cols, inside, TOTAL).to(tl.float32)
+    tl.store(sums + (cut * GROUPS + group) * WIDTH + cols, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def sums_kernel(
+    sums, d_weight, d_bias, count,
+    WIDTH: tl.constexpr, W: tl.constexpr, VECTORS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add up sums `[count, VECTORS, WIDTH]`: the first W vectors to d_weight `[WIDTH, W]`, others to rows of d_bias."""
+    BLOCKS: tl.constexpr = (WIDTH + LANES - 1) // LANES
+    vector = tl.program_id(0) // BLOCKS
+    cols = tl.program_id(0) % BLOCKS * LANES + tl.arange(0, LANES)
+    total = tl.zeros([ROWS, LANES], tl.float32)
+    for at in range(0, count, ROWS):
+        row = at + tl.arange(0, ROWS)
+        total += load_rows(sums + vector * WIDTH, row, row < count, cols, cols < WIDTH, VECTORS * WIDTH)
+    found = tl.sum(total, 0)
+    if d_weight is not None:
+        to = d_weight + cols * W + vector
+        tl.store(to, found.to(d_weight.dtype.element_ty), mask=(cols < WIDTH) & (vector < W))
+    if d_bias is not None:
+        to = d_bias + (vector - W) * WIDTH + cols
+        tl.store(to, found.to(d_bias.dtype.element_ty), mask=(cols < WIDTH) & (vector >= W))

@@ -1,12 +1,13 @@
-"""Linear maps of one decoding step: y_s = W_m x_b for slot s of row b, m the memory it goes to.
+"""All linear maps of one decoding step in one launch: y_b = W x_b for row b, y_s = W_m x_b for its slot in memory m.
 
-A program takes a memory and a few output columns, and walks over all slots. It finds those of its memory on the
-device, in windows; their rows of x, 16 or more, meet the tile of the weight in one product. So no slot is sorted, and
-a weight is read once by a small batch, once every 64 rows or so by a large one.
+A program takes a weight, a memory and a few output columns, and walks over all slots. It finds those of its memory on
+the device, in windows; their rows of x, 16 or more, meet the tile of the weight in one product. So no slot is sorted,
+and a weight is read once by a small batch, once every 64 rows or so by a large one.
 
 Letters: B rows, J slots of a row, S = B J slots in the order of (row, choice), M memories, D input, N output width.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,47 +40,77 @@ TILES = {
 
 
 @torch.library.custom_op("momkit::step_linear", mutates_args=())
-def step_linear(x: Tensor, weight: Tensor, memory_ids: Tensor | None, wide: bool) -> Tensor:
-    """y_{bj} = W_{memory_ids[b, j]} x_b for each slot: `[B * J, N]`, float32 if wide, else in the dtype of x.
+def step_linear(x: Tensor, weights: Sequence[Tensor], memory_ids: Tensor, shared_id: int | None) -> list[Tensor]:
+    """y_b = W x_b, `[B, N]`, for each weight `[N, D]`; y_bj = W_m x_b, `[B, J, N]`, for each `[M, N, D]`.
 
-    x `[B, D]`, weight `[M, N, D]` of one dtype, bf16, fp16 or fp32; memory_ids `[B, J]` int64 from 0 to M - 1, or None:
-    one weight for all rows, M = J = 1. Sums are float32. It gives no gradients.
+    x `[B, D]` and weights of one dtype, bf16, fp16 or fp32. m is memory_ids[b, j], `[B, choices]` int64 from 0 to
+    M - 1, and in one slot more the memory shared_id, unless it is None. Sums are float32, y is as x. It gives no
+    gradients.
     """
-    (B, D), (M, N, _) = x.shape, weight.shape
-    J = 1 if memory_ids is None else memory_ids.shape[1]
-    y = x.new_empty((B * J, N), dtype=torch.float32 if wide else x.dtype)
+    (B, D), choices = x.shape, memory_ids.shape[1]
+    ys = outputs(x, weights, memory_ids, shared_id)
+    J = choices + (shared_id is not None)
     tile = next(tile for most, tile in TILES.items() if most >= B * J)
+    widths = tuple(weight.shape[-2] for weight in weights)
+    memories = tuple(len(weight) if weight.ndim == 3 else 0 for weight in weights)
+    programs = sum(max(1, M) * cdiv(N, tile.columns) for M, N in zip(memories, widths, strict=True))
     launch(
-        step_linear_kernel, M * cdiv(N, tile.columns) if B * J else 0,
-        (x.contiguous(), weight.contiguous(), None if memory_ids is None else memory_ids.contiguous(), y), (B * J, J),
-        D, N, *tile[:3], tile.depth // x.element_size(), "tf32x3" if x.dtype == torch.float32 else "tf32",
+        step_linear_kernel, programs if B else 0,
+        (x.contiguous(), memory_ids.contiguous(), tuple(weight.contiguous() for weight in weights), tuple(ys)), (B,),
+        D, J, choices, shared_id or 0, widths, memories, *tile[:3], tile.depth // x.element_size(),
+        "tf32x3" if x.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return y
+    return ys
 
 
 @step_linear.register_fake
-def _(x: Tensor, weight: Tensor, memory_ids: Tensor | None, wide: bool) -> Tensor:
-    slots = x.shape[0] * (1 if memory_ids is None else memory_ids.shape[1])
-    return x.new_empty((slots, weight.shape[1]), dtype=torch.float32 if wide else x.dtype)
+def outputs(x: Tensor, weights: Sequence[Tensor], memory_ids: Tensor, shared_id: int | None) -> list[Tensor]:
+    """y of each weight, to be filled."""
+    B, J = len(x), memory_ids.shape[1] + (shared_id is not None)
+    return [x.new_empty((B, J, w.shape[1]) if w.ndim == 3 else (B, w.shape[0])) for w in weights]
 
 
-@triton.jit(do_not_specialize=["S", "J"])
+@triton.jit
+def memory_of(memory_ids, row, choice, live, CHOICES: tl.constexpr, SHARED: tl.constexpr):
+    """The memory of a row's choice; behind those of the router stands the shared memory."""
+    return tl.load(memory_ids + row * CHOICES + choice, mask=live & (choice < CHOICES), other=SHARED)
+
+
+@triton.jit(do_not_specialize=["B"])
 def step_linear_kernel(
-    x, weight, memory_ids, y, S, J,
-    D: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, memory_ids, weights, ys, B,
+    D: tl.constexpr, J: tl.constexpr, CHOICES: tl.constexpr, SHARED: tl.constexpr,
+    WIDTHS: tl.constexpr, MEMORIES: tl.constexpr, WINDOW: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x `[B, D]`, weight `[M, N, D]`, memory_ids `[S]`, y `[S, N]`; one program a (memory, BN columns)."""
-    TILES: tl.constexpr = (N + BN - 1) // BN
-    memory = tl.program_id(0) // TILES
-    columns = tl.program_id(0) % TILES * BN + tl.arange(0, BN)
+    """One program a (weight, memory, BN columns). WIDTHS: N of each weight; MEMORIES: M, 0 where all rows share it."""
+    pid = tl.program_id(0)
+    for i in tl.static_range(len(WIDTHS)):
+        tiles = (WIDTHS[i] + BN - 1) // BN
+        programs = tiles * MEMORIES[i] if MEMORIES[i] > 0 else tiles
+        if (pid >= 0) & (pid < programs):
+            multiply(
+                x, memory_ids, weights[i], ys[i], pid // tiles, pid % tiles * BN + tl.arange(0, BN), B, D,
+                tl.constexpr(WIDTHS[i]), tl.constexpr(MEMORIES[i] > 0), J, CHOICES, SHARED, WINDOW, BS, BD, PRECISION,
+            )  # fmt: skip
+        pid -= programs
+
+
+@triton.jit
+def multiply(
+    x, memory_ids, weight, y, memory, columns, B,
+    D: tl.constexpr, N: tl.constexpr, ROUTED: tl.constexpr, J: tl.constexpr, CHOICES: tl.constexpr,
+    SHARED: tl.constexpr, WINDOW: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some columns of y for all slots of a memory, or all rows if not ROUTED."""
+    SLOTS: tl.constexpr = J if ROUTED else 1
     map = weight + memory.to(tl.int64) * (N * D)
-    for start in range(0, S, WINDOW):
+    for start in range(0, B * SLOTS, WINDOW):
         slots = start + tl.arange(0, WINDOW)
-        mine = slots < S
-        if memory_ids is not None:
-            mine = mine & (tl.load(memory_ids + slots, mask=mine, other=-1) == memory)
+        mine = slots < B * SLOTS
+        if ROUTED:
+            mine = mine & (memory_of(memory_ids, slots // J, slots % J, mine, CHOICES, SHARED) == memory)
         found = tl.sum(mine.to(tl.int32), 0)
         # the place of each among those found
         place = tl.where(mine, tl.cumsum(mine.to(tl.int32), 0) - 1, -1)
@@ -87,10 +118,10 @@ def step_linear_kernel(
             wanted = first + tl.arange(0, BS)
             live = wanted < found
             slot = tl.sum(tl.where(wanted[:, None] == place[None, :], slots[None, :], 0), 1)
-            sums = tl.zeros([BS, BN], tl.float32)
+            sums = tl.zeros([BS, columns.shape[0]], tl.float32)
             for d in range(0, D, BD):
                 depth = d + tl.arange(0, BD)
-                b_x = load_tile(x, slot // J, live, depth, D, D, D % BD == 0)
+                b_x = load_tile(x, slot // SLOTS, live, depth, D, D, D % BD == 0)
                 b_w = load_tile(map, columns, columns < N, depth, D, D, D % BD == 0)
                 sums = tl.dot(b_x, tl.trans(b_w), sums, input_precision=PRECISION)
             inside = live[:, None] & (columns < N)[None, :]

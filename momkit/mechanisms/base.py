@@ -192,12 +192,15 @@ class Mechanism(StaysWide):
     kernel_limits: ClassVar[dict[str, int]] = {}
     # columns that the state of an affine scan has besides those of the values
     extra_columns: int = 0
-    structure: Structure | None = None
+    # how the rule is affine in its state, if it is; "infer" has it found in the step, once a class and spec
+    structure: Structure | Literal["infer"] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "Spec" in cls.__dict__:
             cls.name = cls.Spec.model_fields["kind"].default
+        if isinstance(cls.structure, str) and cls.structure != "infer":
+            raise InputError(f"{cls.__name__}: structure = {cls.structure!r}; allowed: a Structure, 'infer' or None")
 
     def __init__(self, spec: MechanismSpec, context: Context | None = None) -> None:
         super().__init__()
@@ -252,12 +255,20 @@ class Mechanism(StaysWide):
 
     def compose(self, inputs: Inputs, state: State, affine: AffineScan) -> tuple[Tensor, State]:
         """The rule as affine scans: one by default; a composite rule runs several."""
-        assert self.structure is not None
-        output, S = affine(self.structure, self.lower(inputs), state["S"])
+        (structure,) = self.structures()
+        output, S = affine(structure, self.lower(inputs), state["S"])
         return output, {"S": S}
 
     def structures(self) -> tuple[Structure, ...]:
-        """The structures of the affine scans that `compose` runs; a composite rule states its own."""
+        """The structures of the affine scans that `compose` runs; a composite rule states its own.
+
+        Raises InputError where `structure` is "infer" and the step is of no family, or `lower` does not give its terms.
+        """
+        if self.structure == "infer":
+            # one way up: what traces a step is not loaded unless a rule asks for it
+            from momkit.mechanisms.structure_infer import inferred_structure
+
+            return (inferred_structure(type(self), self.spec),)
         return () if self.structure is None else (self.structure,)
 
     def scan_kernel(self, inputs: Inputs, cu_seqlens: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -287,7 +298,7 @@ class Mechanism(StaysWide):
         """Whether the rule is composed of affine scans, or is one that the chunked scan covers."""
         if type(self).compose is not Mechanism.compose:
             return True
-        return self.structure is not None and not (self.structure.decay == "value" and self.structure.erase != "none")
+        return any(s.decay != "value" or s.erase == "none" for s in self.structures())
 
     def state_spec(self, sizes: Sizes | None = None) -> dict[str, tuple[int, ...]]:
         """The shape of each state of one segment; `sizes` defaults to the module's own."""
