@@ -113,7 +113,7 @@ class Form:
         wide = self.y.dtype == torch.float32
         return self.u is not None, self.before, wide, "tf32x3" if wide else "tf32"
 
-    def settings(self, kernel: str) -> Config:
+    def fixed_settings(self, kernel: str) -> Config:
         return SETTINGS[kernel][self.y.element_size()]
 
     def empty(self, *shape: int) -> Tensor:
@@ -134,7 +134,7 @@ class Form:
         (T, K, _), C, shared = self.sizes, chunk_size(self.y.dtype), self.heads // self.sharing
         y, decays = self.empty(T, shared, K), self.wide(self.chunks.count, shared, K)
         x, pairs = (self.empty(T, shared, width) if self.x is not None else self.empty(0) for width in (K, C))
-        settings = self.settings("pairs")
+        settings = self.fixed_settings("pairs")
         for mild in (True, False) if self.x is not None else (True,):
             launch(
                 chunk_pairs, self.chunks.count * shared,
@@ -194,7 +194,7 @@ class Form:
         assert self.p is not None
         (_, K, V), H = self.sizes, self.num_heads
         for mild in (True, False):
-            settings = self.settings("gradients" if mild else "gradients strong")
+            settings = self.fixed_settings("gradients" if mild else "gradients strong")
             launch(
                 chunk_gradients, self.chunks.count * self.heads,
                 (self.x, self.y, self.gates, self.u, self.p, self.r, decayed.decays, states, d_states, dx, dy, d_gates,

@@ -50,7 +50,7 @@ def launch(
     """
     if not programs:
         return
-    device = next(tensor.device for tensor in tensors if isinstance(tensor, Tensor))
+    device = next(tensor.device for tensor in tensors if tensor is not None and not isinstance(tensor, tuple))
     arguments = (*tensors, *scalars, *constants)
     if device.type != "cuda":
         kernel[(programs,)](*arguments)
