@@ -15,7 +15,7 @@ REFUSED = {
     ("bench", "--peer", "fla"): "--peer, --family and --only belong to --device cuda",
     ("bench", "--only", "ragged"): "--peer, --family and --only belong to --device cuda",
     ("bench", "--device", "cuda", "--peer", "other"): "peer = 'other'; allowed: fla",
-    ("bench", "--device", "cuda", "--family", "other"): "family = 'other'; allowed: scalar, delta, decode, all",
+    ("bench", "--device", "cuda", "--family", "other"): "family = 'other'; allowed: scalar, delta, channel, decode, all",
     ("bench", "--device", "cuda", "--only", "other"): "only = 'other'; allowed: ragged, one_sequence, ",
     ("bench", "--device", "cuda", "--family", "scalar", "--only", "decode"): "family = 'scalar' has no section decode",
     ("bench", "--rounds", "0"): "rounds",
@@ -67,10 +67,10 @@ def test_each_family_is_written_as_it_grows(momkit, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.cuda, "measure", measure)
     result = momkit("bench", "--device", "cuda", "--peer", "fla", "--out", tmp_path, "--json")
     assert result.exit_code == 0, result.output
-    assert list(json.loads(result.stdout)) == ["scalar", "delta", "decode"]
+    assert list(json.loads(result.stdout)) == ["scalar", "delta", "channel", "decode"]
     assert "scalar: started" in result.stderr
     assert [(family, options.peer) for family, _, options in seen] == [
-        ("scalar", "fla"), ("delta", "fla"), ("decode", None)
+        ("scalar", "fla"), ("delta", "fla"), ("channel", "fla"), ("decode", None)
     ]  # fmt: skip
     found = json.loads((tmp_path / "cuda_delta.json").read_text())
     assert found["bars"][0]["kept"] and "| mamba2 16x128 | 2.0 |" in (tmp_path / "cuda_delta.md").read_text()

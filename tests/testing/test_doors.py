@@ -93,7 +93,7 @@ def test_kernels_are_checked_where_they_run(monkeypatch):
         ids(["gated_deltanet"], backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "gated_deltanet-triton-check_causal" in ids(["gated_deltanet"])
-    assert not [i for i in ids(["gla"]) if i.startswith("gla-triton-")]
+    assert not [i for i in ids(["kda"]) if i.startswith("kda-triton-")]
 
 
 def test_what_a_subject_takes_follows_from_backend_and_device(monkeypatch):
