@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from momkit.checks import FLOATS, check_finite, check_routing
-from momkit.decode import along, check_state_index, choose_decode_backend, run_decode
+from momkit.decode import check_state_index, choose_decode_backend, run_decode, write_rows
 from momkit.errors import InputError
 from momkit.kernels.available import why_no_kernels
 from momkit.mechanisms.base import Context, Inputs, Mechanism, State
@@ -324,16 +324,6 @@ def join_passes(taken: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         return taken[0]
     slots, token_slot = zip(*taken, strict=True)
     return torch.cat(slots), torch.cat([order + i * len(slots[i]) for i, order in enumerate(token_slot)], 1)
-
-
-def write_rows(tensor: Tensor, rows: tuple[Tensor, Tensor], new: Tensor, live: Tensor | None) -> None:
-    """tensor[rows] = new, in place, but where `live` is False; None: everywhere."""
-    if live is not None and len(live):
-        # shapes must not depend on padding, so it writes once more what a live row writes, or, without one, what it was
-        source = torch.where(live, torch.arange(len(live), device=live.device), live.int().argmax())
-        new = torch.where(along(live, new), new, tensor[rows])[source]
-        rows = (rows[0][source], rows[1][source])
-    tensor[rows] = new
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:

@@ -15,7 +15,7 @@ from momkit.kernels.available import why_no_kernels
 from momkit.mechanisms.base import Inputs, Mechanism, MechanismSpec, Sizes, State
 from momkit.mechanisms.generated_scan import decode_generated, why_not_generated
 from momkit.mechanisms.reference import repeat_key_heads, scan_state_dtype
-from momkit.mechanisms.triton_scan import MAX_DIM
+from momkit.mechanisms.triton_scan import MAX_DIM, why_too_large
 from momkit.scan import BackendChoice, as_mechanism, log_choice, read_sizes
 
 DecodeBackend = Literal["auto", "reference", "triton", "generated"]
@@ -110,10 +110,8 @@ def choose_decode_backend(
         return choice
     if backend not in BACKENDS:
         raise BackendError(f"backend = {backend!r} is unknown; known: {', '.join(get_args(DecodeBackend))}")
-    if backend == "triton" and (reason := why_no_kernel(mechanism, device, dtype, sizes)):
-        raise BackendError(f"backend = 'triton' can't decode {mechanism.name!r}: {reason}")
-    if backend == "generated" and (reason := why_not_generated_step(mechanism, device, dtype, sizes)):
-        raise BackendError(f"backend = 'generated' can't decode {mechanism.name!r}: {reason}")
+    if backend in KERNELS and (reason := KERNELS[backend](mechanism, device, dtype, sizes)):
+        raise BackendError(f"backend = {backend!r} can't decode {mechanism.name!r}: {reason}")
     return BackendChoice(backend, "asked for")
 
 
@@ -141,12 +139,7 @@ def why_no_kernel(mechanism: Mechanism, device: torch.device, dtype: torch.dtype
         if type(mechanism).compose is not Mechanism.compose:
             return "the rule composes its scans itself"
         limits = {"K": MAX_DIM, "V": MAX_DIM}
-    if reason := why_no_kernels(device, dtype):
-        return reason
-    for axis, most in limits.items():
-        if sizes and sizes.get(axis, 1) > most:
-            return f"{axis} = {sizes[axis]} is more than {most}"
-    return None
+    return why_no_kernels(device, dtype) or why_too_large(sizes, limits)
 
 
 def why_not_generated_step(
@@ -165,20 +158,26 @@ def decode_reference(mechanism: Mechanism, inputs: Inputs, pool: State, state_in
     dtype = scan_state_dtype(mechanism, inputs)
     wide = {name: repeat_key_heads(domain[name].axes, x.to(dtype), sizes) for name, x in inputs.items()}
     padding = state_index < 0
-    rows = state_index.clamp_min(0)
+    rows = state_index.clamp_min(0).long()
     old = {name: states.index_select(0, rows) for name, states in pool.items()}
     new, output = mechanism.step(old, wide)
     if new.keys() != pool.keys():
         raise InputError(f"{mechanism.name}: step returned states {list(new)}; allowed: {list(pool)}")
 
-    # shapes must not depend on padding, so a padding row writes once more what the row of the largest index writes;
-    # where all rows are padding, that is what pool row 0 held
-    source = torch.where(padding, state_index.argmax(), torch.arange(len(rows), device=rows.device))
     for name, states in pool.items():
-        kept = torch.where(along(padding, old[name]), old[name], new[name])
-        states.index_copy_(0, rows[source].long(), kept[source])
+        write_rows(states, (rows,), new[name], ~padding)
     value = inputs[mechanism.value_input]
     return output.masked_fill(along(padding, output), 0).to(value.dtype)
+
+
+def write_rows(states: Tensor, rows: tuple[Tensor, ...], new: Tensor, live: Tensor | None) -> None:
+    """states[rows] = new, in place, but where `live` is False; None: everywhere. Rows that are live are distinct."""
+    if live is not None and len(live):
+        # shapes must not depend on padding, so it writes once more what a live row writes, or, without one, what it was
+        source = torch.where(live, torch.arange(len(live), device=live.device), live.int().argmax())
+        new = torch.where(along(live, new), new, states[rows])[source]
+        rows = tuple(row[source] for row in rows)
+    states[rows] = new
 
 
 def along(mask: Tensor, x: Tensor) -> Tensor:
@@ -269,6 +268,7 @@ def check_state_index(state_index: Tensor, batch_size: int, num_rows: int, devic
         raise InputError(f"state_index holds {rows}; allowed: no pool row twice")
 
 
+KERNELS = {"triton": why_no_kernel, "generated": why_not_generated_step}
 BACKENDS: dict[str, DecodeFunction] = {
     "reference": decode_reference,
     "triton": decode_triton,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from momkit.errors import InputError
 from momkit.mechanisms.base import Inputs, Projection
 from momkit.ops import Windows, activate, l2_normalize, on_kernels, project_slots, short_conv
 from momkit.routing.dispatch import DispatchPlan
+
+if TYPE_CHECKING:
+    from momkit.kernels.short_conv import Part
 
 
 class Projections(nn.Module):
@@ -87,7 +91,7 @@ class Projections(nn.Module):
         self, per_token: Tensor | None, per_slot: Tensor | None, plan: DispatchPlan, history: Inputs
     ) -> tuple[Inputs, Inputs]:
         """The same in kernels, and biases before it; rows of tokens `[T, all widths]` are gathered there."""
-        from momkit.kernels.short_conv import Part, conv_act_norm
+        from momkit.kernels.short_conv import conv_act_norm
 
         projected: Inputs = {}
         new_history: Inputs = {}
@@ -95,17 +99,7 @@ class Projections(nn.Module):
         for rows, projections, source in ((per_token, self.shared, gather), (per_slot, self.per_memory, ())):
             if rows is None:
                 continue
-            parts = [
-                Part(
-                    p.width,
-                    self.get_parameter(f"{p.name}_bias") if p.bias else None,
-                    *self.conv_parameters(p),
-                    history.get(p.name),
-                    p.activation,
-                    p.shape[-1] if p.l2 else 0,
-                )
-                for p in projections
-            ]
+            parts = self.parts(projections, history)
             values, histories = conv_act_norm(rows, parts, plan.cu_seqlens, plan.segment, *source)
             for p, value, kept in zip(projections, values, histories, strict=True):
                 projected[p.name] = value.view(-1, *p.shape)
@@ -142,10 +136,20 @@ class Projections(nn.Module):
 
         History name -> `[P * M, W-1, width]` changes in place; arguments and what is returned are `step_conv`'s.
         """
-        from momkit.kernels.short_conv import Part
         from momkit.kernels.step_conv import step_conv
 
-        parts = [
+        ys, rows, token_slot = step_conv(
+            [values[p.name] for p in self.order], self.parts(self.order, history), memory_ids, shared_id, writes,
+            state_index, sequence_stride, memory_stride,
+        )  # fmt: skip
+        projected = {p.name: y.view(-1, *p.shape) for p, y in zip(self.order, ys, strict=True)}
+        return projected, rows, token_slot
+
+    def parts(self, projections: tuple[Projection, ...], history: Inputs) -> list["Part"]:
+        """What follows the linear map of some projections, as kernels take it."""
+        from momkit.kernels.short_conv import Part
+
+        return [
             Part(
                 p.width,
                 self.get_parameter(f"{p.name}_bias") if p.bias else None,
@@ -154,14 +158,8 @@ class Projections(nn.Module):
                 p.activation,
                 p.shape[-1] if p.l2 else 0,
             )
-            for p in self.order
+            for p in projections
         ]
-        ys, rows, token_slot = step_conv(
-            [values[p.name] for p in self.order], parts, memory_ids, shared_id, writes, state_index,
-            sequence_stride, memory_stride,
-        )  # fmt: skip
-        projected = {p.name: y.view(-1, *p.shape) for p, y in zip(self.order, ys, strict=True)}
-        return projected, rows, token_slot
 
     def conv_parameters(self, p: Projection) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias of a projection's convolution, as far as it has them."""

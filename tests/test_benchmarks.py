@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from momkit.benchmarks import cpu, cuda_report
+from momkit.benchmarks import cpu, cuda_report, layer_report
 from momkit.benchmarks.timing import interleaved
 
 ROOT = Path(__file__).parent.parent
@@ -72,3 +72,21 @@ def test_readme_quotes_the_demo():
             cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}".replace("0.", "."))
         sizes = f"{mine[0]['state_bytes_total']:,} | {mine[0]['state_bytes_active']:,}"
         assert f"| {label} | {' | '.join(cells)} | {sizes} |" in README
+
+
+def test_gpu_results_without_a_peer_are_those_of_their_measurement():
+    read = {n: (RESULTS / f"cuda_{n}.json").read_text(encoding="utf-8") for n in ("layer", "channel")}
+    layer, channel = json.loads(read["layer"]), json.loads(read["channel"])
+    for name, result, report in (("layer", layer, layer_report), ("channel", channel, cuda_report)):
+        assert report.markdown(result) == (RESULTS / f"cuda_{name}.md").read_text(encoding="utf-8")
+        assert report.bars(result) == result["bars"]
+    section = README.split("On the same GPU and work, without a peer beside it")[1].replace("\n", " ")
+    times = {cuda_report.case(row): row for row in channel["ragged"]}
+    for case, words in (("gla 16x128", "{} ms forward and {} forward and backward"), ("gla 4x256", "4x256 {} and {}")):
+        row = times[case]
+        quoted = (f"{row[passes]['momkit']['median'] * 1e3:.2f}" for passes in ("forward", "forward_backward"))
+        assert words.format(*quoted) in section
+    step = next(row for row in layer["train"] if (row["hidden_size"], row["batch"]) == (1024, 8))
+    skewed = layer["routing"][0]["forward_backward"]
+    assert f"{step['forward_backward']['momkit']['median'] * 1e3:.1f} ms for a training step" in section
+    assert f"{skewed['collapsed']['median'] / skewed['balanced']['median']:.2f} times as long" in section

@@ -5,7 +5,6 @@ from dataclasses import astuple
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from momkit.benchmarks import cases, cuda, cuda_decode, cuda_report, peers, tune
 from momkit.benchmarks.cases import Case, Work, agree, momkit_scan, ragged_lengths, results
@@ -21,25 +20,8 @@ SMALL = {
 }
 
 
-class OnCpu(TorchFunctionMode):
-    """Tensors that are asked for on a GPU come out on the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device")) == "cuda":
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
-class CpuGenerator(torch.Generator):
-    """A generator on the CPU, whatever device is asked for."""
-
-    def __new__(cls, device="cpu"):
-        return super().__new__(cls)
-
-
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in(monkeypatch, gpu_on_cpu):
     """A GPU of the CPU: the chunked form for kernels, perf_counter for events, few tokens."""
 
     def scan_there(case, backend="chunked"):
@@ -69,10 +51,6 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(cuda, "SHORT", (32,))
     monkeypatch.setattr(cuda_decode, "BATCHES", (1, 4))
     monkeypatch.setattr(cuda_decode, "POOL_ROWS", 8)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch, "Generator", CpuGenerator)
-    with OnCpu():
-        yield
 
 
 SECTIONS = ["ragged", "one_sequence", "by_length", "short", "decode"]

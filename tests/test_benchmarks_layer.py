@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 from momkit.benchmarks import cuda, layer, layer_cases, layer_report, peers
@@ -19,28 +18,9 @@ from momkit.errors import BackendError, InputError
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
 
 
-class OnCpu(TorchFunctionMode):
-    """Tensors that are asked for on a GPU, or sent to one, come out on the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device")) == "cuda":
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
-
-
-class CpuGenerator(torch.Generator):
-    """A generator on the CPU, whatever device is asked for."""
-
-    def __new__(cls, device="cpu"):
-        return super().__new__(cls)
-
-
 @pytest.fixture
-def stand_in(monkeypatch):
+def stand_in(monkeypatch, gpu_on_cpu):
     """A GPU of the CPU: few tokens, one head of 16, perf_counter for events, calls for graphs."""
-    module_to = nn.Module.to
-    monkeypatch.setattr(nn.Module, "to", lambda self, *args: module_to(self, *[a for a in args if a != "cuda"]))
     monkeypatch.setattr(cuda, "interleaved_cuda", interleaved)
     monkeypatch.setattr(layer, "captured", lambda call: call)
     monkeypatch.setattr(layer, "peak_bytes", lambda call: 2**20)
@@ -54,11 +34,6 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(layer_cases, "DIM", 16)
     monkeypatch.setattr(layer_cases, "CHECKED", 24)
     monkeypatch.setattr(layer_cases, "PROMPT", 8)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch, "Generator", CpuGenerator)
-    with OnCpu():
-        yield
 
 
 def run(sections, peer=None):
@@ -97,7 +72,9 @@ def fla(monkeypatch):
 
 
 @needs_no_gpu
-def test_training_is_measured_beside_the_peer(stand_in, fla):
+def test_training_is_measured_beside_the_peer(stand_in, fla, monkeypatch):
+    monkeypatch.setattr(layer_report, "SECONDS", {(32, 2, 16): 5e-3, (32, 1, 32): 9e-3})
+    monkeypatch.setattr(layer_report, "PEAK_MIB", {(32, 2, 16): 2})
     result, text = run(["train"], "fla")
     small, long = result["train"]
     assert (small["hidden_size"], small["batch"], small["length"]) == (32, 2, 16)
@@ -105,6 +82,8 @@ def test_training_is_measured_beside_the_peer(stand_in, fla):
     assert set(small["peak_bytes"]) == {"momkit", "fla mom", "fla gated_deltanet"}
     assert {"output", "aux_loss", "dx", "drouter.weight", "dproject.memory_weight"} <= set(long["from_float64"])
     assert small["parameters"]["fla mom"] == 32 * 4 + 4 + 32 * 32 + 32
+    assert [(bar["allowed"], bar["unit"]) for bar in result["bars"]] == [(5, "ms"), (2 / 1024, "GiB"), (9, "ms")]
+    assert result["bars"][1]["kept"], "of one MiB, which the stand-in gives"
     assert "Not measured here: routing, decode, first_step, syncs." in text and "nan" not in text
 
 
@@ -222,7 +201,7 @@ def test_the_first_step_is_of_a_process_of_its_own(monkeypatch):
         return SimpleNamespace(returncode=codes.pop(), stdout="noise\n3.5\n", stderr="no GPU")
 
     codes = [1, 0]
-    monkeypatch.setattr(layer.subprocess, "run", process)
+    monkeypatch.setattr(cuda.subprocess, "run", process)
     [row] = layer.first_step(cuda.Options())
     assert row["seconds"] == 3.5
     with pytest.raises(RuntimeError, match="failed in a process of its own: no GPU"):

@@ -144,23 +144,33 @@ def first_call(cases: Sequence[Case], options: Options) -> Iterator[dict[str, An
     """Seconds of the first forward and backward of a process with nothing compiled, after imports and CUDA's start."""
     for case in small(cases):
         program = f"from momkit.benchmarks import cuda; cuda.print_first_call({case.rule!r}, {case.heads}, {case.dim})"
-        with tempfile.TemporaryDirectory() as cache:
-            environ = os.environ | {"TRITON_CACHE_DIR": cache}
-            command = [sys.executable, "-c", program]
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise RuntimeError(f"{case}: its first call failed in a process of its own: {done.stderr[-2000:]}")
-        yield {**case.facts, "seconds": json.loads(done.stdout.splitlines()[-1])}
+        yield {**case.facts, "seconds": seconds_in_new_process(program, f"{case}: its first call")}
 
 
 def print_first_call(rule: str, heads: int, dim: int) -> None:
     """Time the first call of this process and print its seconds."""
     case = Case(rule, heads, dim)
     load_triton()
-    run = forward_backward(momkit_scan(case), Work.of(case, ragged_lengths()))
+    print_seconds(forward_backward(momkit_scan(case), Work.of(case, ragged_lengths())))
+
+
+def seconds_in_new_process(program: str, what: str) -> float:
+    """What a program prints by `print_seconds` in a process with nothing compiled; RuntimeError where it fails."""
+    with tempfile.TemporaryDirectory() as cache:
+        environ = os.environ | {"TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"{what} failed in a process of its own: {done.stderr[-2000:]}")
+    seconds: float = json.loads(done.stdout.splitlines()[-1])
+    return seconds
+
+
+def print_seconds(call: Callable[[], Any]) -> None:
+    """Time one call, and print its seconds."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    run()
+    call()
     torch.cuda.synchronize()
     print(json.dumps(time.perf_counter() - start))
 

@@ -41,7 +41,8 @@ def bars(result: Row) -> list[Row]:
 
 def peer_bars(row: Row) -> Iterator[Row]:
     key = (row["rule"], row["heads"], row["dim"])
-    for (name, words), allowed in zip(PASSES.items(), SECONDS.get(key, ()), strict=False):
+    limits = zip(PASSES.items(), SECONDS[key], strict=True) if key in SECONDS else ()
+    for (name, words), allowed in limits:
         yield bar(f"{case(row)}, {words}", row[name]["momkit"]["median"] * 1e3, allowed * 1e3, "ms")
     for peer in peers(row):
         share = row["peak_bytes"]["momkit"] / row["peak_bytes"][peer]

@@ -1,11 +1,6 @@
 """What a whole MoM block costs on a GPU: training, skewed routing, decoding, the first step, host synchronisations."""
 
 import gc
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from momkit.benchmarks.cuda import Options, check_cuda, load_triton, timings
+from momkit.benchmarks.cuda import Options, check_cuda, load_triton, print_seconds, seconds_in_new_process, timings
 from momkit.benchmarks.layer_cases import (
     PROMPT,
     Shape,
@@ -161,24 +156,14 @@ def step_bytes(block: MoMBlock, state: MoMState, x: Tensor) -> int:
 
 def first_step(options: Options) -> Iterator[Row]:
     """Seconds of the first training step of a process with nothing compiled, after imports and CUDA's start."""
-    with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-c", "from momkit.benchmarks import layer; layer.print_first_step()"]
-        environ = os.environ | {"TRITON_CACHE_DIR": cache}
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise RuntimeError(f"the first training step failed in a process of its own: {done.stderr[-2000:]}")
-    yield {**asdict(SMALL), "seconds": json.loads(done.stdout.splitlines()[-1])}
+    program = "from momkit.benchmarks import layer; layer.print_first_step()"
+    yield {**asdict(SMALL), "seconds": seconds_in_new_process(program, "the first training step")}
 
 
 def print_first_step() -> None:
     """Time the first training step of this process and print its seconds."""
     load_triton()
-    run = small_step()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    print(json.dumps(time.perf_counter() - start))
+    print_seconds(small_step())
 
 
 def small_step() -> Callable[[], Any]:

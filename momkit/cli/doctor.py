@@ -14,7 +14,9 @@ import typer
 from momkit import MoMSpec, __version__
 from momkit.cli.console import JsonFlag, emit, print_table, stdout
 from momkit.decode import why_no_kernel
+from momkit.errors import InputError
 from momkit.mechanisms.gated_deltanet import GatedDeltaNet, GatedDeltaNetSpec
+from momkit.mechanisms.generated_scan import why_not_generated
 from momkit.mechanisms.triton_scan import family_of, why_not_triton
 from momkit.plugins import Plugin
 from momkit.registry import registry
@@ -63,8 +65,14 @@ def backends(rules: Sequence[str]) -> list[dict[str, Any]]:
         {"name": "chunked", "available": True, "reason": "matmul form in plain torch: affine rules, any device"},
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fault = why_not_triton(GatedDeltaNet(GatedDeltaNetSpec()), device)
-    return [*found, {"name": "triton", "available": fault is None, "reason": fault or served(rules, device)}]
+    rule = GatedDeltaNet(GatedDeltaNetSpec())
+    fault, other = why_not_triton(rule, device), why_not_generated(rule, device)
+    generated = "kernels made from a rule's step, where no family's serves it"
+    return [
+        *found,
+        {"name": "triton", "available": fault is None, "reason": fault or served(rules, device)},
+        {"name": "generated", "available": other is None, "reason": other or generated},
+    ]
 
 
 def served(rules: Sequence[str], device: torch.device) -> str:
@@ -72,8 +80,13 @@ def served(rules: Sequence[str], device: torch.device) -> str:
     families: dict[str, list[str]] = {}
     for name in rules:
         rule = as_mechanism(name)
+        try:
+            structures = rule.structures()
+        except InputError:  # a rule whose structure is to be found from its step, and can't be
+            families.setdefault("no structure found", []).append(name)
+            continue
         if why_not_triton(rule, device) is None:
-            family = " and ".join(sorted({str(family_of(structure)) for structure in rule.structures()}))
+            family = " and ".join(sorted({str(family_of(structure)) for structure in structures})) or "its own"
             families.setdefault(family, []).append(name)
         if why_no_kernel(rule, device, torch.float32, None) is None:
             families.setdefault("decode", []).append(name)

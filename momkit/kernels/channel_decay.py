@@ -17,7 +17,7 @@ from momkit.errors import InputError
 from momkit.kernels.channel_backward import chunk_gradients
 from momkit.kernels.channel_kernels import chain_pieces, chunk_pairs, walk_pieces
 from momkit.kernels.launch import cdiv, compiled_together, launch
-from momkit.kernels.layout import Pieces
+from momkit.kernels.layout import Pieces, piece_tokens
 from momkit.kernels.tiles import sum_groups
 from momkit.kernels.tuning import Config, multiprocessors, padded
 
@@ -233,8 +233,7 @@ def piece_length(T: int, heads: int, K: int, V: int, dtype: torch.dtype, device:
     """Tokens a piece, a power of two: such that one sequence of T tokens gives each multiprocessor two programs, or one
     if its state takes most registers of two."""
     programs = multiprocessors(device) * (2 if K <= 128 else 1)
-    wanted = T * heads * cdiv(V, walk_settings(K, V, dtype).block) // programs
-    return max(SHORTEST_PIECE, 1 << max(0, wanted - 1).bit_length())
+    return piece_tokens(T * heads * cdiv(V, walk_settings(K, V, dtype).block), programs, SHORTEST_PIECE)
 
 
 @torch.library.custom_op("momkit::channel_scan", mutates_args=())

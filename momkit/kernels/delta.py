@@ -19,7 +19,7 @@ from momkit.kernels.delta_gradients import chunk_gradients
 from momkit.kernels.delta_inverse import chunk_inverse
 from momkit.kernels.gates import gate_parts, gate_sums
 from momkit.kernels.launch import cdiv, compiled_together, launch
-from momkit.kernels.layout import Pieces
+from momkit.kernels.layout import Pieces, piece_tokens
 from momkit.kernels.tiles import sum_groups
 from momkit.kernels.tuning import Config, config, multiprocessors, padded
 
@@ -234,8 +234,7 @@ def piece_length(T: int, heads: int, K: int, V: int, dtype: torch.dtype, device:
     """Tokens a piece, a power of two: as many as keep the GPU busy, since split segments are gone through twice. One
     sequence of T tokens gives each multiprocessor two programs, or one if its state takes most registers of two."""
     programs = multiprocessors(device) * (2 if K <= 128 else 1)
-    wanted = T * heads * cdiv(V, config("delta_scan", dtype, K, V, device).block) // programs
-    return max(SHORTEST_PIECE, 1 << max(0, wanted - 1).bit_length())
+    return piece_tokens(T * heads * cdiv(V, config("delta_scan", dtype, K, V, device).block), programs, SHORTEST_PIECE)
 
 
 def heads_at_a_time(T: int, N: int, H: int, K: int, V: int, dtype: torch.dtype) -> int:

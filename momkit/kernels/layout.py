@@ -57,6 +57,11 @@ class Pieces:
         return Pieces(table, segments - 1, first)
 
 
+def piece_tokens(tokens: int, programs: int, shortest: int) -> int:
+    """Tokens a piece, a power of two: `tokens`, in pieces of one program each, are `programs` programs or fewer."""
+    return max(shortest, 1 << max(0, tokens // programs - 1).bit_length())
+
+
 @triton.jit
 def segment_bounds(cu_seqlens, n, T, segments):
     """First token and end of segments n; those out of range are empty, the last one ends at T."""

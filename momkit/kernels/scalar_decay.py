@@ -12,7 +12,7 @@ from torch import Tensor
 
 from momkit.kernels.gates import gate_parts, gate_sums
 from momkit.kernels.launch import cdiv, compiled_together, launch
-from momkit.kernels.layout import Pieces
+from momkit.kernels.layout import Pieces, piece_tokens
 from momkit.kernels.scalar_kernels import chain_kernel, gate_gradient_kernel, scan_kernel
 from momkit.kernels.tiles import sum_groups
 from momkit.kernels.tuning import config, multiprocessors, padded
@@ -114,8 +114,7 @@ def piece_length(T: int, H: int, K: int, V: int, dtype: torch.dtype, device: tor
     """Tokens a piece: such that T tokens in one segment give each multiprocessor the two programs that it has room
     for."""
     tiles = cdiv(V, config("scalar_scan", dtype, K, V, device).block)
-    wanted = T * H * tiles // (2 * multiprocessors(device))
-    return max(SHORTEST_PIECE, 1 << max(0, wanted - 1).bit_length())
+    return piece_tokens(T * H * tiles, 2 * multiprocessors(device), SHORTEST_PIECE)
 
 
 @torch.library.custom_op("momkit::scalar_scan", mutates_args=())

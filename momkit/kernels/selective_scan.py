@@ -12,7 +12,7 @@ from torch import Tensor
 
 from momkit.errors import InputError
 from momkit.kernels.launch import cdiv, compiled_together, launch
-from momkit.kernels.layout import Pieces
+from momkit.kernels.layout import Pieces, piece_tokens
 from momkit.kernels.selective_kernels import TOKENS, chain_kernel, gradient_kernel, scan_kernel
 from momkit.kernels.tuning import multiprocessors, padded
 
@@ -108,9 +108,10 @@ def piece_length(num_tokens: int, A: Tensor) -> int:
 
     With an A for each token segments stay whole: a piece then has no one decay for the time it spans.
     """
-    programs = num_tokens * cdiv(A.shape[-2], GROUP)
-    wanted = num_tokens if A.ndim == 3 else programs // (OCCUPANCY * multiprocessors(A.device))
-    return max(SHORTEST_PIECE, 1 << max(0, wanted - 1).bit_length())
+    if A.ndim == 3:
+        return piece_tokens(num_tokens, 1, SHORTEST_PIECE)
+    groups = cdiv(A.shape[-2], GROUP)
+    return piece_tokens(num_tokens * groups, OCCUPANCY * multiprocessors(A.device), SHORTEST_PIECE)
 
 
 @torch.library.custom_op("momkit::selective_scan", mutates_args=())

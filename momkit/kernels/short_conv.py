@@ -20,7 +20,6 @@ from torch import Tensor
 from momkit.errors import InputError
 from momkit.kernels.grouped_linear import token_sums
 from momkit.kernels.launch import cdiv, compiled_together, launch
-from momkit.kernels.short_conv_kernels import activate as activate
 from momkit.kernels.short_conv_kernels import backward_kernel, columns, forward_kernel, history_kernel, load_rows
 
 ACTIVATIONS = ("none", "silu", "tanh", "sigmoid")

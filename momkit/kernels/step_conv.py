@@ -15,7 +15,8 @@ from torch import Tensor
 
 from momkit.errors import InputError
 from momkit.kernels.launch import cdiv, launch
-from momkit.kernels.short_conv import ACTIVATIONS, Part, activate, pack, packed, unpack
+from momkit.kernels.short_conv import ACTIVATIONS, Part, pack, packed, unpack
+from momkit.kernels.short_conv_kernels import activate
 from momkit.kernels.step_linear import memory_of
 from momkit.kernels.tuning import padded
 

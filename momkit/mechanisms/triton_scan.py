@@ -4,12 +4,12 @@ a kernel of their own.
 This file knows rules and families; the kernels take plain tensors and know neither.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from momkit.errors import BackendError
-from momkit.kernels.available import HAS_TRITON as HAS_TRITON
-from momkit.kernels.available import interpreting as interpreting
 from momkit.kernels.available import why_no_kernels
 from momkit.mechanisms.base import Affine, Inputs, Mechanism, Sizes, State, Structure
 
@@ -44,12 +44,13 @@ def why_not_triton(
         if missing := [s for s in structures if family_of(s) is None]:
             return f"no kernel family serves {missing[0]}"
         limits = {"K": MAX_DIM, "V": MAX_DIM - mechanism.extra_columns, "slots": MAX_DIM}
-    if reason := why_no_kernels(device, dtype):
-        return reason
-    for axis, most in limits.items():
-        if sizes and sizes.get(axis, 1) > most:
-            return f"{axis} = {sizes[axis]} is more than {most}"
-    return None
+    return why_no_kernels(device, dtype) or why_too_large(sizes, limits)
+
+
+def why_too_large(sizes: Sizes | None, limits: Mapping[str, int]) -> str | None:
+    """Which size is more than kernels take, None if none is; sizes that are not given may be any."""
+    wide = [axis for axis, most in limits.items() if sizes and sizes.get(axis, 1) > most]
+    return f"{wide[0]} = {sizes[wide[0]]} is more than {limits[wide[0]]}" if sizes and wide else None
 
 
 def scan_triton(

@@ -1,7 +1,7 @@
 """Memory faults made visible: what an interpreted kernel reads and writes must lie in the tensors it was given."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -17,6 +17,15 @@ def extent(tensor: Tensor) -> tuple[int, int]:
         return begin, begin
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (last + 1) * tensor.element_size()
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among a launch's arguments, in tuples or not."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from tensors_in(argument)
 
 
 def kernel_line() -> str:
@@ -58,8 +67,7 @@ def addresses_checked() -> Iterator[None]:
 
     def noted(*args: Any) -> Any:
         on_host, named_on_host = to_host(*args)
-        given = (*on_host, *named_on_host.values())
-        extents[:] = [extent(tensor) for tensor in given if isinstance(tensor, Tensor)]
+        extents[:] = [extent(tensor) for tensor in tensors_in((*on_host, *named_on_host.values()))]
         return on_host, named_on_host
 
     def checked(what: str, access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 
 if not interpreting():
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)

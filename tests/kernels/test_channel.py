@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from momkit.errors import InputError
+from momkit.kernels.available import interpreting
 from momkit.mechanisms.base import Affine, Structure
-from momkit.mechanisms.triton_scan import interpreting
 from momkit.testing.oracle import affine_steps, results_of
 from momkit.testing.poison import poisoned_empty
 from momkit.testing.tolerances import assert_all_as_good, assert_close, assert_equal

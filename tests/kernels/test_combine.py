@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from momkit.errors import BackendError
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 from momkit.ops import combine, gated_rms_norm
 from momkit.testing.oracle import results_of
 from momkit.testing.poison import poisoned_empty

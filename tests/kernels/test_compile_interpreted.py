@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from momkit import scan
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 from momkit.registry import find_mechanism
 from momkit.testing.oracle import gradients_of
 from momkit.testing.strategies import ScanCase

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
+from momkit.kernels.available import interpreting
 from momkit.mechanisms.deltanet import DeltaNetSpec
 from momkit.mechanisms.gated_deltanet import GatedDeltaNetSpec
 from momkit.mechanisms.linear_attention import LinearAttentionSpec
-from momkit.mechanisms.triton_scan import interpreting
 from momkit.testing import parametrize_with_checks
 
 if not interpreting():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 from momkit.scan import as_mechanism, run
 from momkit.testing.oracle import results_of
 from momkit.testing.poison import poisoned_empty

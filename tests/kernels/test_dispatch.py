@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from momkit.errors import InputError
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 from momkit.routing import dispatch as routing_dispatch
 from momkit.routing.base import Routing
 from momkit.routing.dispatch import DispatchPlan, make_plan

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from momkit import ops
 from momkit.errors import InputError
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 from momkit.testing.oracle import results_of
 from momkit.testing.poison import poisoned_empty
 from momkit.testing.tolerances import assert_all_as_good, assert_equal

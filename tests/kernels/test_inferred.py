@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from momkit import decode, scan
+from momkit.kernels.available import interpreting
 from momkit.mechanisms.base import Domain, Mechanism, outer, read, take
 from momkit.mechanisms.gla import GLASpec
-from momkit.mechanisms.triton_scan import interpreting
 from momkit.testing.tolerances import assert_close
 
 if not interpreting():

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 from momkit.registry import find_mechanism
 from momkit.testing.gradient_checks import assert_true_gradients
 from momkit.testing.poison import poisoned_empty

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from momkit.mechanisms.triton_scan import HAS_TRITON
+from momkit.kernels.available import HAS_TRITON
 
 if not HAS_TRITON:
     pytest.skip("triton is not installed", allow_module_level=True)

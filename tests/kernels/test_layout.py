@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 
 if not interpreting():
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from momkit.errors import BackendError
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 from momkit.routing.base import RouterContext, Routing
 from momkit.routing.softmax_topk import SoftmaxTopK, SoftmaxTopKSpec
 from momkit.testing.oracle import results_of

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from momkit.kernels.available import interpreting
 from momkit.mechanisms.linear_attention import LinearAttentionSpec
 from momkit.mechanisms.mamba2 import Mamba2Spec
-from momkit.mechanisms.triton_scan import interpreting
 from momkit.scan import as_mechanism, run
 from momkit.testing.oracle import gradients_of, results_of
 from momkit.testing.poison import poisoned_empty

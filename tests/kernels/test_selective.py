@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from momkit.errors import InputError
+from momkit.kernels.available import interpreting
 from momkit.mechanisms.mamba import MambaSpec
-from momkit.mechanisms.triton_scan import interpreting
 from momkit.scan import as_mechanism, run
 from momkit.testing.bounds import addresses_checked
 from momkit.testing.oracle import results_of

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from momkit.errors import InputError
-from momkit.mechanisms.triton_scan import interpreting
+from momkit.kernels.available import interpreting
 from momkit.ops import Windows, activate, l2_normalize, short_conv
 from momkit.testing.oracle import results_of
 from momkit.testing.poison import poisoned_empty

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from momkit.errors import BackendError
+from momkit.kernels.available import interpreting
 from momkit.mechanisms.base import Structure
 from momkit.mechanisms.deltanet import DeltaNet
 from momkit.mechanisms.mamba2 import Mamba2
-from momkit.mechanisms.triton_scan import interpreting
 from momkit.scan import scan
 from momkit.testing.tolerances import assert_close
 
