@@ -15,7 +15,9 @@ REFUSED = {
     ("bench", "--peer", "fla"): "--peer, --family and --only belong to --device cuda",
     ("bench", "--only", "ragged"): "--peer, --family and --only belong to --device cuda",
     ("bench", "--device", "cuda", "--peer", "other"): "peer = 'other'; allowed: fla",
-    ("bench", "--device", "cuda", "--family", "other"): "family = 'other'; allowed: scalar, delta, channel, decode, ",
+    ("bench", "--device", "cuda", "--family", "other"): (
+        "family = 'other'; allowed: scalar, delta, channel, decode, all"
+    ),
     ("bench", "--device", "cuda", "--only", "other"): "only = 'other'; allowed: ragged, one_sequence, ",
     ("bench", "--device", "cuda", "--family", "scalar", "--only", "decode"): "family = 'scalar' has no section decode",
     ("bench", "--rounds", "0"): "rounds",
